@@ -1,0 +1,1 @@
+"""The bitlayer product: one contract, one file per backend."""

@@ -1,0 +1,91 @@
+"""From exact integers to float32, by a fixed sequence of operations that every backend shares.
+
+Compilers may fuse a multiplication and an addition into one operation with one rounding, or not. Here every
+product that is added to something is exact (by a power of two, or of two 12-bit halves), so both give the same bits.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.bit_matmul import contract
+
+_HIGH_HALF = 0xFFFFF000  # sign, exponent and the upper 12 significant bits of a float32
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """2.0**exponent exactly, for int32 exponents in -126..127: the bit pattern itself, no transcendental."""
+    return lax.bitcast_convert_type((exponent.astype(jnp.int32) + 127) << 23, jnp.float32)
+
+
+def combine_limbs(limbs: jax.Array, bitlayers: jax.Array) -> jax.Array:
+    """Limb sums of one segment as one float32 per output.
+
+    L[a, c] = sum_k q_a * (2 * c_c - (2**w_c - 1)), an exact int32, where q_a is limb a of the activation code (most
+    significant first) and c_c is the code of the bitlayers used of code limb c, w_c of them.
+
+    Args:
+      limbs: int32[activation limbs, code limbs, m, n].
+      bitlayers: int32[m], the number of bitlayers used by each row.
+
+    Returns:
+      f32[m, n].
+    """
+    columns = []
+    for c in range(limbs.shape[1]):
+        value = limbs[0, c].astype(jnp.float32)
+        for a in range(1, limbs.shape[0]):
+            value = value * 2.0**contract.LIMB_BITS + limbs[a, c].astype(jnp.float32)
+        columns.append(value)
+    if len(columns) == 1:
+        return columns[0]
+    shift = jnp.clip(bitlayers - contract.LIMB_BITS, 0, contract.LIMB_BITS)[:, None]
+    return jnp.where(shift > 0, columns[0] * power_of_two(shift) + columns[1], columns[0])
+
+
+def scale_groups(sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, activation_bits: int) -> jax.Array:
+    """sum_g scale_b[g] * 2**-(b + activation_bits - 2) * sums[g], in the order of the groups.
+
+    Args:
+      sums: f32[groups, m, n], the integers of each group as float32.
+      scale: f32[min(bits, 4), groups, n].
+      bitlayers: int32[m].
+      activation_bits: width of the activation codes.
+
+    Returns:
+      f32[m, n].
+    """
+    sums = sums * power_of_two(2 - activation_bits - bitlayers)[None, :, None]
+    if sums.shape[0] == 1:
+        return sums[0] * scale_rows(scale[:, 0], bitlayers)
+
+    def add_group(total, group):
+        group_sum, group_scale = group
+        factor = scale_rows(group_scale, bitlayers)
+        factor_high, factor_low = _halves(factor)
+        sum_high, sum_low = _halves(group_sum)
+        total = total + factor_low * sum_low
+        total = total + factor_low * sum_high
+        total = total + factor_high * sum_low
+        return total + factor_high * sum_high, None
+
+    total, _ = lax.scan(add_group, jnp.zeros(sums.shape[1:], jnp.float32), (sums, jnp.moveaxis(scale, 1, 0)))
+    return total
+
+
+def scale_rows(scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
+    """The scale that serves each row: f32[min(bits, 4), n], int32[m] -> f32[m, n]."""
+    row = jnp.clip(bitlayers, 1, scale.shape[0]) - 1
+    out = jnp.broadcast_to(scale[0], (bitlayers.shape[0], scale.shape[1]))
+    for i in range(1, scale.shape[0]):  # selects, not a gather: they fuse
+        out = jnp.where((row == i)[:, None], scale[i : i + 1], out)
+    return out
+
+
+def _halves(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits float32 into two parts of at most 12 significant bits whose sum is exact."""
+    bits = lax.bitcast_convert_type(value, jnp.uint32) & jnp.uint32(_HIGH_HALF)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high, value - high

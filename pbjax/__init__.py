@@ -1,0 +1,20 @@
+"""pbjax: trained neural networks at any precision, on packed 1-bit weights (PrecisionBatching, arXiv 2003.00822)."""
+
+from pallas_kernels.bit_matmul.contract import Problem as Problem
+from pallas_kernels.bit_matmul.contract import Unsupported as Unsupported
+from pbjax._backends import Selection as Selection
+from pbjax._backends import select_backend as select_backend
+from pbjax._backends import use_backend as use_backend
+from pbjax._bit_tensor import BitTensor as BitTensor
+from pbjax._matmul import matmul as matmul
+from pbjax._packed import Dequantized as Dequantized
+from pbjax._quantize import Spec as Spec
+from pbjax._quantize import dequantize as dequantize
+from pbjax._quantize import quantize as quantize
+from pbjax._quantize import truncate as truncate
+from pbjax._quantize import with_bitlayers as with_bitlayers
+from pbjax._quantized import DequantizedWarning as DequantizedWarning
+from pbjax._quantized import quantized as quantized
+from pbjax._report import Report as Report
+from pbjax._report import ReportRow as ReportRow
+from pbjax._report import report as report

@@ -1,0 +1,220 @@
+"""`BitTensor`: a weight as packed bitlayers, a pytree that JAX's transforms slice, shard and rebuild freely."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.bit_matmul import contract
+from pbjax import _format
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BitTensor:
+    """A weight split into 1-bit bitlayers, most significant first, of which the first `bitlayers` are used.
+
+    Invariants, with `stack = words.shape[:-3]`, `k = prod(packed_shape[i] for i in contract_axes)` and
+    `n = prod(packed_shape[i] for i in output_axes)`:
+
+        shape           == stack + packed_shape
+        words           : uint32[*stack, bits, ceil(k / 32), n]     bit t of word j holds k index 32 * j + t
+        scale           : float32[*stack, min(bits, 4), groups, n]  row b - 1 serves b bitlayers, the last all b >= 4
+        groups          == 1 if group_size is None else ceil(k / group_size)
+        bitlayers       : int32[*stack], each in 1..bits
+        sorted(contract_axes + output_axes) == range(len(packed_shape))
+
+    k and n run over their axes in the order in which `contract_axes` and `output_axes` name them, the last fastest.
+    Stack axes (layers under `jax.lax.scan`, an ensemble under `jax.vmap`) come first in every leaf and are stored
+    nowhere else, so that slicing the leaves slices the weight. Nothing is checked on construction, because pytrees
+    are rebuilt around tracers, shardings and None; `check_bit_tensor` checks.
+
+    Attributes:
+      words: packed bitlayers.
+      scale: scales of each group and output channel; trainable.
+      bitlayers: how many bitlayers are used; dynamic, so changing it recompiles nothing.
+      packed_shape: sizes of the packed axes in the weight's own order.
+      contract_axes: packed axes that a product sums over.
+      output_axes: packed axes that a product keeps.
+      dtype: dtype of the weight that was quantized, and of what `pbjax.dequantize` returns.
+      bits: number of bitlayers stored, 1..16.
+      group_size: consecutive k that share a scale, a multiple of 32, or None for all of k.
+      activation_bits: width of fixed-point activations in a product, 2..24, or None for float activations.
+    """
+
+    words: jax.Array
+    scale: jax.Array
+    bitlayers: jax.Array
+    packed_shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    contract_axes: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    output_axes: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    dtype: np.dtype = dataclasses.field(metadata=dict(static=True))
+    bits: int = dataclasses.field(metadata=dict(static=True))
+    group_size: int | None = dataclasses.field(metadata=dict(static=True))
+    activation_bits: int | None = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the leading axes, read off the words."""
+        return tuple(self.words.shape[:-3])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that this stands for."""
+        return self.stack_shape + self.packed_shape
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the weight that this stands for."""
+        return len(self.shape)
+
+    @property
+    def contract_shape(self) -> tuple[int, ...]:
+        """Sizes of the contracted axes, in the order of k."""
+        return tuple(self.packed_shape[i] for i in self.contract_axes)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Sizes of the output axes, in the order of n."""
+        return tuple(self.packed_shape[i] for i in self.output_axes)
+
+    @property
+    def k(self) -> int:
+        """Length of the contraction."""
+        return math.prod(self.contract_shape)
+
+    @property
+    def n(self) -> int:
+        """Number of output channels."""
+        return math.prod(self.output_shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the words and scales stored."""
+        return 4 * (math.prod(self.words.shape) + math.prod(self.scale.shape))
+
+    def replace(self, **changes: Any) -> BitTensor:
+        """A copy with some fields changed, as `dataclasses.replace`."""
+        return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        if not hasattr(self.words, "shape"):  # rebuilt around shardings, None, ...
+            return f"BitTensor({self.words!r}, bits={self.bits}, packed_shape={self.packed_shape})"
+        return (
+            f"BitTensor({np.dtype(self.dtype).name}{list(self.shape)}, bits={self.bits}, "
+            f"contract_axes={self.contract_axes}, group_size={self.group_size}, "
+            f"activation_bits={self.activation_bits})"
+        )
+
+
+def is_bit_tensor(value: object) -> bool:
+    """Whether a value is a BitTensor: the `is_leaf` of pytree functions."""
+    return isinstance(value, BitTensor)
+
+
+def pack_array(
+    weight: jax.Array,
+    *,
+    contract_axes: tuple[int, ...],
+    output_axes: tuple[int, ...],
+    num_stack: int,
+    bits: int,
+    group_size: int | None,
+    activation_bits: int | None,
+    clip_bits: int | None,
+) -> BitTensor:
+    """Quantizes one array whose first `num_stack` axes are stacked; the other axes are numbered from there."""
+    stack_shape, packed_shape = weight.shape[:num_stack], weight.shape[num_stack:]
+    k = math.prod(packed_shape[i] for i in contract_axes)
+
+    def one(matrix):
+        matrix = matrix.astype(jnp.float32).transpose(contract_axes + output_axes).reshape(k, -1)
+        return _format.quantize(matrix, bits, group_size, clip_bits)
+
+    if num_stack == 0:
+        words, scale = one(weight)
+    else:  # one after the other: a stack needs no more memory for intermediates than one layer
+        words, scale = jax.lax.map(one, weight.reshape(-1, *packed_shape))
+        words, scale = (leaf.reshape(*stack_shape, *leaf.shape[1:]) for leaf in (words, scale))
+    return BitTensor(
+        words=words,
+        scale=scale,
+        bitlayers=jnp.full(stack_shape, bits, jnp.int32),
+        packed_shape=packed_shape,
+        contract_axes=contract_axes,
+        output_axes=output_axes,
+        dtype=np.dtype(weight.dtype),
+        bits=bits,
+        group_size=group_size,
+        activation_bits=activation_bits,
+    )
+
+
+def unpack_array(tensor: BitTensor) -> jax.Array:
+    """The weight that the bitlayers used stand for, in the tensor's shape and dtype."""
+
+    def one(words, scale, bitlayers):
+        matrix = _format.dequantize(words, scale, bitlayers, tensor.k, tensor.group_size)
+        array = matrix.reshape(tensor.contract_shape + tensor.output_shape)
+        return array.transpose(np.argsort(tensor.contract_axes + tensor.output_axes)).astype(tensor.dtype)
+
+    for _ in tensor.stack_shape:
+        one = jax.vmap(one)
+    return one(tensor.words, tensor.scale, clip_bitlayers(tensor.bitlayers, tensor.bits))
+
+
+def clip_bitlayers(bitlayers: jax.Array, bits: int) -> jax.Array:
+    """Brings a run-time number of bitlayers into 1..bits; a traced value cannot raise."""
+    return jnp.clip(jnp.asarray(bitlayers), 1, bits).astype(jnp.int32)
+
+
+def check_bitlayers(bitlayers: Any, bits: int, where: str) -> None:
+    """Raises if a number of bitlayers whose value is known lies outside 1..bits, or any is no integer.
+
+    Args:
+      bitlayers: Python or NumPy integers, or a JAX array; the values of a JAX array are not looked at.
+      bits: number of bitlayers stored.
+      where: the pytree path or argument, for the message.
+
+    Raises:
+      TypeError: not an integer type.
+      ValueError: out of range.
+    """
+    if isinstance(bitlayers, bool) or not jnp.issubdtype(jnp.result_type(bitlayers), jnp.integer):
+        raise TypeError(f"`bitlayers` must be an integer or an integer array, but got {bitlayers!r} ({where}).")
+    if isinstance(bitlayers, (int, np.integer, np.ndarray)):
+        values = np.asarray(bitlayers)
+        if values.size and (values.min() < 1 or values.max() > bits):
+            raise ValueError(
+                f"`bitlayers` must lie in 1..{bits}, the bitlayers stored, but got {bitlayers} ({where}). "
+                "Use fewer, or quantize to more bits."
+            )
+
+
+def check_bit_tensor(tensor: BitTensor, where: str) -> None:
+    """Raises ValueError or TypeError if a BitTensor breaks its invariants; leaves that are no arrays pass."""
+    if not all(hasattr(leaf, "shape") for leaf in (tensor.words, tensor.scale, tensor.bitlayers)):
+        return
+    for name, dtype in (("words", jnp.uint32), ("scale", jnp.float32), ("bitlayers", jnp.int32)):
+        if getattr(tensor, name).dtype != dtype:
+            raise TypeError(
+                f"`{name}` must be {np.dtype(dtype).name}, but got {getattr(tensor, name).dtype} ({where}). "
+                "Cast float leaves only: BitTensor leaves keep their dtypes."
+            )
+    groups = contract.num_groups(tensor.k, tensor.group_size)
+    expected = {
+        "words": (*tensor.stack_shape, tensor.bits, contract.num_words(tensor.k), tensor.n),
+        "scale": (*tensor.stack_shape, min(tensor.bits, contract.NUM_SCALES), groups, tensor.n),
+        "bitlayers": tensor.stack_shape,
+    }
+    for name, shape in expected.items():
+        if getattr(tensor, name).shape != shape:
+            raise ValueError(
+                f"`{name}` must have shape {shape} for a weight of shape {tensor.shape} with {tensor.bits} bits, "
+                f"but got {getattr(tensor, name).shape} ({where}). Build BitTensors with `pbjax.quantize`."
+            )

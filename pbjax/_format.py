@@ -1,0 +1,152 @@
+"""The number format: mid-rise codes of a weight, their bitlayers packed 32 to a word, and scales per group.
+
+A weight w of a group with scale s has the code c = clip(floor((w / s + 1) * 2**(bits - 1)), 0, 2**bits - 1), and
+bitlayer i is bit bits - 1 - i of c. The first b bitlayers stand for
+
+    v_b = sum_{i<b} (2 * bit_i - 1) * 2**-(i + 1),      w_b = scale_b * v_b,
+
+the centre of the cell of width 2**(1 - b) that w / s lies in. The code nests: the first b bitlayers of a code are the
+b-bit code. Arrays in, arrays out; a weight is f32[k, n] here, and `groups` cut k.
+
+References:
+  PrecisionBatching: Lam, Yedidia, Banbury, Reddi, arXiv 2003.00822 (bitlayers and their accumulation).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.bit_matmul.contract import NUM_SCALES, WORD_BITS, num_groups, num_words
+from pallas_kernels.bit_matmul.epilogue import power_of_two
+
+# Candidate clipping points of `clip_bits`, as fractions of max|w|. At 4 bits the best one for a Gaussian is near 0.75.
+_CLIP_FRACTIONS = tuple(1 - 0.02 * i for i in range(36))
+
+
+def quantize(
+    weight: jax.Array, bits: int, group_size: int | None = None, clip_bits: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of one weight.
+
+    Args:
+      weight: f32[k, n].
+      bits: width of the codes, 1..16.
+      group_size: consecutive k that share a scale, a multiple of 32; None is all of k.
+      clip_bits: if given, each group is clipped at the fraction of max|w| that is best at this many bitlayers.
+
+    Returns:
+      words: uint32[bits, ceil(k / 32), n].
+      scale: f32[min(bits, 4), groups, n]; row b - 1 serves b bitlayers, the last all b >= 4.
+    """
+    magnitude = _group_reduce(jnp.max, jnp.abs(weight), group_size)
+    if clip_bits is not None:
+        magnitude = magnitude * _best_clip(weight, magnitude, clip_bits, group_size)
+    codes = encode(weight, magnitude, bits, group_size)
+    return pack(codes, bits), _scales(weight, magnitude, codes, bits, group_size)
+
+
+def encode(weight: jax.Array, magnitude: jax.Array, bits: int, group_size: int | None) -> jax.Array:
+    """Codes of a weight: f32[k, n], f32[groups, n] -> uint32[k, n]."""
+    magnitude = _spread(magnitude, weight.shape[0], group_size)
+    ratio = jnp.where(magnitude > 0, weight / jnp.where(magnitude > 0, magnitude, 1), 0)
+    # In float32 the sum rounds to multiples of 2**-23 at the coarsest: finer than any code.
+    return jnp.clip(jnp.floor((ratio + 1) * 2.0 ** (bits - 1)), 0, 2**bits - 1).astype(jnp.uint32)
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Bitlayers of codes, 32 of k to a word: uint32[k, n] -> uint32[bits, ceil(k / 32), n]; bits past k are 0."""
+    k, n = codes.shape
+    codes = jnp.pad(codes, ((0, num_words(k) * WORD_BITS - k), (0, 0))).reshape(num_words(k), WORD_BITS, n)
+    shifts = jnp.arange(bits - 1, -1, -1, dtype=jnp.uint32)[:, None, None]
+
+    def add_position(t, words):
+        code = lax.dynamic_index_in_dim(codes, t, axis=1, keepdims=False)
+        return words | (((code >> shifts) & 1) << t.astype(jnp.uint32))
+
+    return lax.fori_loop(0, WORD_BITS, add_position, jnp.zeros((bits, num_words(k), n), jnp.uint32))
+
+
+def unpack(words: jax.Array, k: int) -> jax.Array:
+    """Codes of packed bitlayers: uint32[bits, ceil(k / 32), n] -> uint32[k, n]."""
+    bits, num, n = words.shape
+    codes = jnp.zeros((num, WORD_BITS, n), jnp.uint32)
+    positions = jnp.arange(WORD_BITS, dtype=jnp.uint32)[None, :, None]
+    for i in range(bits):
+        codes = (codes << 1) | ((words[i, :, None, :] >> positions) & 1)
+    return codes.reshape(num * WORD_BITS, n)[:k]
+
+
+def prefix_values(codes: jax.Array, bits: int, bitlayers: int | jax.Array) -> jax.Array:
+    """v_b of the first b bitlayers of codes: uint32[k, n] -> f32[k, n], exact."""
+    bitlayers = jnp.asarray(bitlayers, jnp.uint32)
+    prefix = (codes >> (jnp.uint32(bits) - bitlayers)).astype(jnp.int32)
+    odd = 2 * prefix + 1 - (1 << bitlayers.astype(jnp.int32))
+    return odd.astype(jnp.float32) * power_of_two(-bitlayers.astype(jnp.int32))
+
+
+def dequantize(
+    words: jax.Array, scale: jax.Array, bitlayers: int | jax.Array, k: int, group_size: int | None
+) -> jax.Array:
+    """w_b after the first `bitlayers` bitlayers: f32[k, n]."""
+    bits = words.shape[0]
+    row = jnp.clip(bitlayers, 1, scale.shape[0]) - 1
+    values = prefix_values(unpack(words, k), bits, bitlayers)
+    return values * _spread(lax.dynamic_index_in_dim(scale, row, keepdims=False), k, group_size)
+
+
+def _scales(
+    weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int, group_size: int | None
+) -> jax.Array:
+    """Least-squares scales <w, v_b> / <v_b, v_b> for b = 1, 2, 3 and max|w| from 4 on: f32[min(bits, 4), groups, n].
+
+    <w, v_b> is assembled from sums of +-w, whose factors are powers of two, so that row b comes out the same
+    however many bitlayers are stored and however the compiler fuses the arithmetic.
+    """
+    rows = []
+    projection = jnp.zeros_like(magnitude)
+    for b in range(1, min(bits, NUM_SCALES - 1) + 1):
+        bit = (codes >> (bits - b)) & 1
+        signed = group_sum(jnp.where(bit == 1, weight, -weight), group_size)
+        projection = projection + signed * 2.0**-b
+        odd = 2 * (codes >> (bits - b)).astype(jnp.int32) + 1 - 2**b
+        square = group_sum(odd * odd, group_size).astype(jnp.float32) * 4.0**-b
+        rows.append(jnp.where(magnitude > 0, projection / square, 0))
+    if bits >= NUM_SCALES:
+        rows.append(magnitude)
+    return jnp.stack(rows)
+
+
+def _best_clip(weight: jax.Array, magnitude: jax.Array, bits: int, group_size: int | None) -> jax.Array:
+    """The fraction of max|w| that gives the least squared error at `bits` bitlayers: f32[groups, n]."""
+
+    def error_of(fraction):
+        clipped = magnitude * fraction
+        codes = encode(weight, clipped, bits, group_size)
+        scale = _scales(weight, clipped, codes, bits, group_size)[-1]
+        error = weight - prefix_values(codes, bits, bits) * _spread(scale, weight.shape[0], group_size)
+        return group_sum(error * error, group_size)
+
+    fractions = jnp.array(_CLIP_FRACTIONS, jnp.float32)
+    return fractions[jnp.argmin(lax.map(error_of, fractions), axis=0)]
+
+
+def group_sum(value: jax.Array, group_size: int | None) -> jax.Array:
+    """Sums k within each group: [k, n] -> [groups, n]."""
+    return _group_reduce(jnp.sum, value, group_size)
+
+
+def _group_reduce(reduce, value: jax.Array, group_size: int | None) -> jax.Array:
+    """Reduces k within each group: [k, n] -> [groups, n]. The last group may be short."""
+    if group_size is None:
+        return reduce(value, axis=0, keepdims=True, initial=0)
+    k, n = value.shape
+    groups = num_groups(k, group_size)
+    value = jnp.pad(value, ((0, groups * group_size - k), (0, 0)))
+    return reduce(value.reshape(groups, group_size, n), axis=1, initial=0)
+
+
+def _spread(value: jax.Array, k: int, group_size: int | None) -> jax.Array:
+    """Repeats a value per group over its k: [groups, n] -> [k, n], or [1, n] for one group of all k."""
+    return value if group_size is None else jnp.repeat(value, group_size, axis=0)[:k]

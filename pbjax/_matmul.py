@@ -1,0 +1,128 @@
+"""`pbjax.matmul`: the product of an array with a BitTensor."""
+
+from __future__ import annotations
+
+import math
+from types import EllipsisType
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from pallas_kernels.bit_matmul import contract
+from pbjax import _bit_tensor, _product
+from pbjax._bit_tensor import BitTensor
+
+MIN_ACTIVATION_BITS = 2
+
+
+def matmul(
+    x: ArrayLike,
+    w: BitTensor,
+    *,
+    activation_bits: int | None | EllipsisType = ...,
+    bitlayers: ArrayLike | None = None,
+    backend: str | None = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    """Multiplies activations with a weight stored as bitlayers: y = x . w_b over the weight's contracted axes.
+
+    With fixed-point activations (the default) each row is quantized to q = round_half_even(x / t),
+    t = max|x| / (2**(A-1) - 1), and
+
+        y = (t * scale_b) * 2**-b * sum_k q * (2 * c_b - (2**b - 1)),
+
+    whose integers are exact: the result is the same to the last bit on every backend, for any number of rows, jitted
+    or not. With float activations the sum runs in float32 in an order that the backend chooses. A row that holds a
+    NaN or an infinity gives NaN in that row and no other.
+
+    `vmap` over `x` or the number of bitlayers costs no loop: a sweep over all numbers of bitlayers is one pass.
+    The reverse-mode derivative goes through the dequantized weight, with respect to `x` and to `w.scale`.
+
+    Args:
+      x: float[..., *contract_shape]. Computed in float32 (fixed point) or as it is with float32 accumulation (float).
+      w: the weight, without stack axes (`jax.lax.scan` or `jax.vmap` takes those off).
+      activation_bits: A, 2..24, or None for float activations; default `...` is the weight's own.
+      bitlayers: int, or int array broadcastable to the leading axes of `x` (one per row). A value known while
+        tracing must lie in 1..w.bits; a traced one is clipped to it. Default None is the weight's own.
+      backend: a name, to run there or raise; default None chooses (see `pbjax.select_backend`).
+      preferred_element_type: dtype of the result; default is the promotion of x.dtype and w.dtype.
+
+    Returns:
+      float[..., *output_shape].
+
+    Raises:
+      TypeError: `w` is no BitTensor, `x` is not of a real floating dtype, or `bitlayers` is not of an integer one.
+      ValueError: shapes do not agree, a width or number of bitlayers is out of range, an unknown backend.
+      Unsupported: the backend asked for cannot run the problem.
+
+    Cost: reads ceil(k / 32) * n * 4 bytes for each bitlayer in use, and nothing of the others.
+
+    References:
+      PrecisionBatching: Lam, Yedidia, Banbury, Reddi, arXiv 2003.00822.
+
+    Example:
+      >>> w = pbjax.quantize({"kernel": jnp.eye(4)}, bits=8)["kernel"]
+      >>> pbjax.matmul(jnp.ones((2, 4)), w).shape
+      (2, 4)
+    """
+    if not isinstance(w, BitTensor):
+        raise TypeError(f"`w` must be a BitTensor, but got {type(w).__name__}. Make one with `pbjax.quantize`.")
+    _bit_tensor.check_bit_tensor(w, "argument `w` of matmul")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be of a real floating dtype, but got {x.dtype}. Cast it first.")
+    if w.stack_shape:
+        raise ValueError(
+            f"`w` must have no stack axes in a product, but got stack shape {w.stack_shape}. "
+            "Map over them with `jax.vmap` or `jax.lax.scan`."
+        )
+    num_contract = len(w.contract_axes)
+    rows_shape = x.shape[: x.ndim - num_contract]
+    if x.ndim < num_contract or x.shape[x.ndim - num_contract :] != w.contract_shape:
+        raise ValueError(
+            f"`x` must end in the contracted shape {w.contract_shape} of `w`, but got shape {x.shape}. "
+            f"`w` stands for a weight of shape {w.shape}."
+        )
+    if activation_bits is ...:
+        activation_bits = w.activation_bits
+    check_activation_bits(activation_bits, "argument of matmul")
+    out_dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
+    if not jnp.issubdtype(out_dtype, jnp.floating):
+        raise TypeError(f"`preferred_element_type` must be a floating dtype, but got {out_dtype}.")
+    m = math.prod(rows_shape)
+    y = _product.product(
+        _product.Config(backend=backend, group_size=w.group_size, activation_bits=activation_bits),
+        x.reshape(m, w.k),
+        w.words,
+        w.scale,
+        _row_counts(w.bitlayers if bitlayers is None else bitlayers, w.bits, rows_shape).reshape(m),
+    )
+    return y.reshape(rows_shape + w.output_shape).astype(out_dtype)
+
+
+def _row_counts(bitlayers: ArrayLike, bits: int, rows_shape: tuple[int, ...]) -> jax.Array:
+    """The number of bitlayers of each row: int32[*rows_shape] in 1..bits."""
+    _bit_tensor.check_bitlayers(bitlayers, bits, "argument of matmul")
+    counts = _bit_tensor.clip_bitlayers(jnp.asarray(bitlayers), bits)
+    shape = counts.shape
+    padded = (1,) * (len(rows_shape) - len(shape)) + shape
+    if len(shape) > len(rows_shape) or any(a not in (1, b) for a, b in zip(padded, rows_shape, strict=True)):
+        raise ValueError(
+            f"`bitlayers` must broadcast to the leading axes {rows_shape} of `x`, but got shape {shape}. "
+            "Give one number for all, or one for each row."
+        )
+    return jnp.broadcast_to(counts.reshape(padded), rows_shape)
+
+
+def check_activation_bits(activation_bits: int | None, where: str) -> None:
+    """Raises unless `activation_bits` is None or an integer in 2..24."""
+    if activation_bits is None:
+        return
+    if isinstance(activation_bits, bool) or not isinstance(activation_bits, int):
+        raise TypeError(f"`activation_bits` must be an int or None, but got {activation_bits!r} ({where}).")
+    if not MIN_ACTIVATION_BITS <= activation_bits <= contract.MAX_ACTIVATION_BITS:
+        raise ValueError(
+            f"`activation_bits` must lie in {MIN_ACTIVATION_BITS}..{contract.MAX_ACTIVATION_BITS}, but got "
+            f"{activation_bits} ({where}). Use None for float activations."
+        )

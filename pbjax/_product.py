@@ -1,0 +1,183 @@
+"""The product of rows of activations with packed words, and how it goes under `vmap` and `grad`.
+
+`vmap` over activations folds into rows. `vmap` over the number of bitlayers makes one pass that keeps the running
+value after every bitlayer, and picks from it. Over both it folds into rows, each with a count of its own. Only where the
+words themselves are mapped does anything loop. Derivatives treat the quantization of activations as the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from pallas_kernels.bit_matmul import activations, contract
+from pbjax import _backends, _format
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is static about a product beyond the shapes of its operands."""
+
+    backend: str | None
+    group_size: int | None
+    activation_bits: int | None
+
+
+Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def product(config: Config, x: jax.Array, words: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
+    """x . w_b for each row.
+
+    Args:
+      config: the static facts.
+      x: float[m, k].
+      words: uint32[bits, ceil(k / 32), n].
+      scale: f32[min(bits, 4), groups, n].
+      bitlayers: int32[m] in 1..bits.
+
+    Returns:
+      f32[m, n].
+    """
+    # The backend is settled here, in the caller's context: the rules below may run in another one.
+    selection = _backends.select_backend(_problem(config, x, words), config.backend)
+    return _differentiable(dataclasses.replace(config, backend=selection.name))(x, words, scale, bitlayers)
+
+
+def _problem(config: Config, x: jax.Array, words: jax.Array) -> contract.Problem:
+    return contract.Problem(
+        m=x.shape[0],
+        k=x.shape[1],
+        n=words.shape[-1],
+        bits=words.shape[0],
+        group_size=config.group_size,
+        activation_bits=config.activation_bits,
+    )
+
+
+def _run(config: Config, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array, prefixes: bool) -> jax.Array:
+    """Prepares the activations, runs the backend, and applies what belongs to each row."""
+    backend = _backends.BACKENDS[config.backend]
+    run = backend.prefixes if prefixes else backend.matmul
+    problem = _problem(config, x, words)
+    if config.activation_bits is None:
+        x, _, finite = activations.finite_rows(x)
+        y = run(problem, x, words, scale, counts)
+    else:
+        codes, unit, finite = activations.quantize_rows(x, config.activation_bits)
+        y = run(problem, codes, words, scale, counts) * unit[:, None]
+    # The select also stands between this multiplication and an addition by the caller (a bias), which a compiler
+    # could otherwise fuse, rounding once: the bits would depend on who calls.
+    return jnp.where(finite[:, None], y, jnp.nan)
+
+
+@functools.cache
+def _batched(config: Config) -> tuple[Product, Product]:
+    """The product at given counts and at every count up to a limit, with their rules for `vmap`."""
+
+    @custom_vmap
+    def matmul(x, words, scale, bitlayers):
+        return _run(config, x, words, scale, bitlayers, prefixes=False)
+
+    @custom_vmap
+    def prefixes(x, words, scale, limit):
+        return _run(config, x, words, scale, limit, prefixes=True)
+
+    @matmul.def_vmap
+    def matmul_rule(axis_size, in_batched, x, words, scale, bitlayers):
+        x_batched, words_batched, scale_batched, bitlayers_batched = in_batched
+        if words_batched or scale_batched:
+            return _map(matmul, in_batched, (x, words, scale, bitlayers)), True
+        if x_batched:
+            rows = x.shape[1]
+            counts = bitlayers if bitlayers_batched else jnp.broadcast_to(bitlayers, (axis_size, rows))
+            y = matmul(x.reshape(axis_size * rows, -1), words, scale, counts.reshape(axis_size * rows))
+            return y.reshape(axis_size, rows, -1), True
+        running = prefixes(x, words, scale, jnp.max(bitlayers, initial=1))
+        return running[bitlayers - 1, jnp.arange(x.shape[0])], True
+
+    @prefixes.def_vmap
+    def prefixes_rule(axis_size, in_batched, x, words, scale, limit):
+        x_batched, words_batched, scale_batched, limit_batched = in_batched
+        if words_batched or scale_batched:
+            return _map(prefixes, in_batched, (x, words, scale, limit)), True
+        limit = jnp.max(limit) if limit_batched else limit
+        if not x_batched:
+            return prefixes(x, words, scale, limit), False
+        rows = x.shape[1]
+        y = prefixes(x.reshape(axis_size * rows, -1), words, scale, limit)
+        return jnp.moveaxis(y.reshape(y.shape[0], axis_size, rows, -1), 1, 0), True
+
+    return matmul, prefixes
+
+
+def _map(fn: Product, in_batched: list[bool], args: tuple[jax.Array, ...]) -> jax.Array:
+    """Runs `fn` for each mapped weight in turn; operands that are not mapped are shared."""
+    mapped = tuple(arg for arg, batched in zip(args, in_batched, strict=True) if batched)
+
+    def one(mapped):
+        rest = iter(mapped)
+        return fn(*(next(rest) if batched else arg for arg, batched in zip(args, in_batched, strict=True)))
+
+    return lax.map(one, mapped)
+
+
+@functools.cache
+def _differentiable(config: Config) -> Product:
+    """The product with its derivatives with respect to the activations and the scales."""
+    matmul, _ = _batched(config)
+
+    @jax.custom_vjp
+    def differentiable(x, words, scale, bitlayers):
+        return matmul(x, words, scale, bitlayers)
+
+    def forward(x, words, scale, bitlayers):
+        return matmul(x, words, scale, bitlayers), (x, words, scale, bitlayers)
+
+    def backward(residuals, g):
+        x, words, scale, bitlayers = residuals
+        dx = _gradient_of_x(config, x, words, scale, bitlayers, g).astype(x.dtype)
+        return dx, None, _gradient_of_scale(config, x, words, scale, bitlayers, g), None
+
+    differentiable.defvjp(forward, backward)
+    return differentiable
+
+
+def _sum_over_counts(bits: int, bitlayers: jax.Array, term: Callable, zero: jax.Array) -> jax.Array:
+    """sum_b term(b, rows that use b bitlayers), where a count that no row uses costs nothing."""
+
+    def add(total, b):
+        rows = bitlayers == b
+        return lax.cond(jnp.any(rows), lambda: total + term(b, rows), lambda: total), None
+
+    return lax.scan(add, zero, jnp.arange(1, bits + 1, dtype=jnp.int32))[0]
+
+
+def _gradient_of_x(config: Config, x, words, scale, bitlayers, g) -> jax.Array:
+    """g . w_b^T row by row, through the dequantized prefix: f32[m, k]."""
+
+    def term(b, rows):
+        weight = _format.dequantize(words, scale, b, x.shape[1], config.group_size)
+        return jnp.dot(jnp.where(rows[:, None], g, 0), weight.T, precision="highest")
+
+    return _sum_over_counts(words.shape[0], bitlayers, term, jnp.zeros(x.shape, jnp.float32))
+
+
+def _gradient_of_scale(config: Config, x, words, scale, bitlayers, g) -> jax.Array:
+    """sum_k v_b * (x^T g) over each group: f32[min(bits, 4), groups, n]."""
+    bits, k = words.shape[0], x.shape[1]
+    ones = jnp.ones_like(scale)
+
+    def term(b, rows):
+        outer = jnp.dot(x.T.astype(jnp.float32), jnp.where(rows[:, None], g, 0), precision="highest")
+        per_k = _format.dequantize(words, ones, b, k, config.group_size) * outer
+        row = jnp.arange(scale.shape[0]) == jnp.minimum(b, scale.shape[0]) - 1
+        return row[:, None, None] * _format.group_sum(per_k, config.group_size)
+
+    return _sum_over_counts(bits, bitlayers, term, jnp.zeros_like(scale))

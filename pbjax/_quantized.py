@@ -1,0 +1,75 @@
+"""`pbjax.quantized`: an unmodified JAX function on BitTensors."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from pbjax import _bit_tensor, _interpret, _paths
+from pbjax._packed import Dequantized, Log, Packed
+from pbjax._views import View
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class DequantizedWarning(UserWarning):
+    """A function made pbjax unpack a weight to floats, because an operation on it has no form on bitlayers."""
+
+
+def quantized(fn: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function of float weights run on BitTensors, wherever they stand in its arguments.
+
+    The function is traced with the shapes and dtypes that the BitTensors stand for, and each product of a BitTensor
+    becomes `pbjax.matmul`. Transposes, reshapes, casts, slices, concatenations and look-ups by row are followed
+    without unpacking, through `jit`, `scan`, `while_loop`, `cond` and `remat`. Functions with custom derivatives that
+    take a weight are entered, and differentiated as the code that they consist of. What cannot be followed gets the
+    weight as floats, and a `DequantizedWarning` names the weight and the operation.
+
+    Args:
+      fn: any JAX function: `model.apply` of Linen, a function that merges and calls an NNX module, plain JAX.
+        Arguments that are no arrays (flags, names) reach it unchanged.
+
+    Returns:
+      A function of the same signature, which can be jitted, mapped and differentiated with respect to the other
+      arguments and the scales. Tracing takes place in each call, so wrap it in `jax.jit`.
+
+    Example:
+      >>> def model(params, x):
+      ...     return jnp.tanh(x @ params["kernel"])
+      >>> qparams = pbjax.quantize({"kernel": jnp.eye(64)}, bits=8)
+      >>> jax.jit(pbjax.quantized(model))(qparams, jnp.ones((1, 64))).shape
+      (1, 64)
+    """
+
+    @functools.wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        result, dequantized = run(fn, args, kwargs)
+        if dequantized:
+            listing = ", ".join(f"{entry.path} ({entry.primitive})" for entry in dequantized)
+            warnings.warn(
+                f"{getattr(fn, '__name__', 'the function')} runs these weights as floats, because the operation in "
+                f"brackets has no form on bitlayers: {listing}.",
+                DequantizedWarning,
+                stacklevel=2,
+            )
+        return result
+
+    return wrapper
+
+
+def run(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[T, list[Dequantized]]:
+    """fn(*args, **kwargs) on BitTensors, and what had to be dequantized."""
+    names, leaves, treedef = _paths.named_leaves((args, kwargs))
+    log = Log()
+    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        if _bit_tensor.is_bit_tensor(leaf):
+            path = name.split("/", 2)[-1]  # without the position among the arguments
+            _bit_tensor.check_bit_tensor(leaf, path)
+            leaves[i] = View.of(Packed(leaf, path, log), leaf.dtype)
+    call_args, call_kwargs = jax.tree.unflatten(treedef, leaves)
+    return _interpret.call(fn, call_args, call_kwargs), sorted(set(log.entries))

@@ -1,0 +1,213 @@
+"""`pbjax.report`: what quantization did to each weight, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+
+from pbjax import _bit_tensor, _paths, _quantized
+from pbjax._bit_tensor import BitTensor, is_bit_tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportRow:
+    """One weight, or the total.
+
+    Attributes:
+      path: pytree path; "total" for the total.
+      shape: shape of the weight; () for the total.
+      bits: bitlayers stored; None for the total.
+      bitlayers: bitlayers in use, the smallest and the largest over the stack; None for the total.
+      float_bytes: bytes of the float weight.
+      packed_bytes: bytes of the words and scales.
+      errors: relative error ||w - w_b|| / ||w|| after b = 1, 2, .. bitlayers.
+      dequantized_by: primitives that need the weight as floats (with `fn` only).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    bits: int | None
+    bitlayers: tuple[int, int] | None
+    float_bytes: int
+    packed_bytes: int
+    errors: tuple[float, ...]
+    dequantized_by: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The outcome of `pbjax.report`; prints as a table.
+
+    Attributes:
+      rows: one for each BitTensor, in the order of the tree.
+      total: all of them together; its errors are over all weights that store that many bitlayers.
+      reference: what errors are relative to: "original" weights, or all "stored" bitlayers.
+    """
+
+    rows: tuple[ReportRow, ...]
+    total: ReportRow
+    reference: str
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows and the total as plain data."""
+        return [dataclasses.asdict(row) for row in (*self.rows, self.total)]
+
+    def to_table(self) -> rich.table.Table:
+        """The report as a rich table."""
+        most = max(len(row.errors) for row in self.rows)
+        table = rich.table.Table(
+            caption=f"err b: relative error of the weights after b bitlayers, against the {self.reference} weights"
+        )
+        table.add_column("path", overflow="fold")
+        for name in ("shape", "bits", "used", "float kB", "packed kB"):
+            table.add_column(name, justify="right")
+        shown = [b for b in range(1, most + 1) if b in (1, 2, 3, 4, 6, 8, 12, 16) or b == most]
+        for b in shown:
+            table.add_column(f"err {b}", justify="right")
+        notes = any(row.dequantized_by for row in self.rows)
+        if notes:
+            table.add_column("as floats for")
+        for row in (*self.rows, self.total):
+            used = "" if row.bitlayers is None else "-".join(map(str, sorted(set(row.bitlayers))))
+            if row is self.total:
+                table.add_section()
+            table.add_row(
+                row.path,
+                "x".join(map(str, row.shape)),
+                "" if row.bits is None else str(row.bits),
+                used,
+                f"{row.float_bytes / 1000:,.1f}",
+                f"{row.packed_bytes / 1000:,.1f}",
+                *(f"{row.errors[b - 1]:.4f}" if b <= len(row.errors) else "" for b in shown),
+                *([", ".join(row.dequantized_by)] if notes else []),
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = rich.console.Console(file=io.StringIO(), width=160)
+        console.print(self.to_table())
+        return console.file.getvalue()
+
+    def __rich__(self) -> rich.table.Table:
+        return self.to_table()
+
+
+def report(
+    tree: Any, original: Any = None, *, fn: Callable[..., Any] | None = None, args: tuple[Any, ...] = ()
+) -> Report:
+    """Sizes and errors of every BitTensor of a tree.
+
+    Args:
+      tree: any pytree with BitTensors, with known values.
+      original: the tree that was quantized, for errors against the true weights; without it, errors are against the
+        value of all stored bitlayers.
+      fn: if given, a function of `tree` and `args`, traced to find the weights that `pbjax.quantized(fn)` would have to
+        unpack.
+      args: the other arguments of `fn`; `jax.ShapeDtypeStruct`s will do.
+
+    Returns:
+      A `Report`: print it, or read its rows.
+
+    Raises:
+      ValueError: no BitTensor in the tree, or `original` of another structure.
+
+    Cost: dequantizes one weight at a time, once for each number of bitlayers.
+    """
+    names, leaves, treedef = _paths.named_leaves(tree)
+    if not any(map(is_bit_tensor, leaves)):
+        raise ValueError("`tree` must hold BitTensors, but it has none. Make them with `pbjax.quantize`.")
+    originals = [None] * len(leaves)
+    if original is not None:
+        originals = jax.tree.leaves(original)
+        if len(originals) != len(leaves):
+            raise ValueError(
+                f"`original` must have the structure of `tree`, but got {len(originals)} leaves against {len(leaves)}."
+            )
+    needs: dict[str, list[str]] = {}
+    for entry in [] if fn is None else _dequantized_by(fn, tree, args):
+        needs.setdefault(entry.path, []).append(entry.primitive)
+    rows, squares = [], []
+    for name, leaf, weight in zip(names, leaves, originals, strict=True):
+        if not is_bit_tensor(leaf):
+            continue
+        if weight is not None and weight.shape != leaf.shape:
+            raise ValueError(f"`original` must have shape {leaf.shape} at {name}, but got {weight.shape}.")
+        error_squares, square = _squared_errors(leaf, weight)
+        squares.append((error_squares, square))
+        used = jnp.ravel(leaf.bitlayers)
+        rows.append(
+            ReportRow(
+                path=name,
+                shape=leaf.shape,
+                bits=leaf.bits,
+                bitlayers=(int(used.min()), int(used.max())),
+                float_bytes=_num_elements(leaf) * leaf.dtype.itemsize,
+                packed_bytes=leaf.nbytes,
+                errors=tuple(_ratio(error, square) for error in error_squares),
+                dequantized_by=tuple(needs.get(name, ())),
+            )
+        )
+    most = max(len(errors) for errors, _ in squares)
+    totals = []
+    for b in range(most):
+        stored = [(errors[b], square) for errors, square in squares if b < len(errors)]
+        totals.append(_ratio(sum(error for error, _ in stored), sum(square for _, square in stored)))
+    total = ReportRow(
+        path="total",
+        shape=(),
+        bits=None,
+        bitlayers=None,
+        float_bytes=sum(row.float_bytes for row in rows),
+        packed_bytes=sum(row.packed_bytes for row in rows),
+        errors=tuple(totals),
+    )
+    return Report(rows=tuple(rows), total=total, reference="stored" if original is None else "original")
+
+
+def _dequantized_by(fn: Callable[..., Any], tree: Any, args: tuple[Any, ...]) -> list[Any]:
+    found: list[Any] = []
+
+    def traced(tree, args):
+        found.extend(_quantized.run(fn, (tree, *args), {})[1])
+        return ()
+
+    jax.eval_shape(traced, tree, args)
+    return found
+
+
+def _squared_errors(tensor: BitTensor, weight: jax.Array | None) -> tuple[list[float], float]:
+    """Sums of squares of w - w_b for b = 1..bits, and of w."""
+    if weight is None:
+        weight = _values(tensor.replace(bitlayers=jnp.full(tensor.stack_shape, tensor.bits, jnp.int32)))
+    errors = []
+    for b in range(1, tensor.bits + 1):
+        prefix = tensor.replace(bitlayers=jnp.full(tensor.stack_shape, b, jnp.int32))
+        errors.append(float(_square_of_difference(weight, prefix)))
+    return errors, float(jnp.sum(jnp.square(weight.astype(jnp.float32))))
+
+
+def _values(tensor: BitTensor) -> jax.Array:
+    return _bit_tensor.unpack_array(tensor.replace(dtype=jnp.dtype(jnp.float32)))
+
+
+@jax.jit
+def _square_of_difference(weight: jax.Array, tensor: BitTensor) -> jax.Array:
+    return jnp.sum(jnp.square(weight.astype(jnp.float32) - _values(tensor)))
+
+
+def _ratio(error: float, square: float) -> float:
+    return (error / square) ** 0.5 if square else 0.0
+
+
+def _num_elements(tensor: BitTensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    return count
