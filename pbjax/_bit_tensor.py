@@ -127,14 +127,19 @@ def pack_array(
     group_size: int | None,
     activation_bits: int | None,
     clip_bits: int | None,
+    in_blocks: bool,
 ) -> BitTensor:
-    """Quantizes one array whose first `num_stack` axes are stacked; the other axes are numbered from there."""
+    """Quantizes one array whose first `num_stack` axes are stacked; the other axes are numbered from there.
+
+    `in_blocks` keeps intermediates small, for weights that lie on one device.
+    """
+    quantize = _format.quantize_in_blocks if in_blocks else _format.quantize
     stack_shape, packed_shape = weight.shape[:num_stack], weight.shape[num_stack:]
     k = math.prod(packed_shape[i] for i in contract_axes)
 
     def one(matrix):
-        matrix = matrix.astype(jnp.float32).transpose(contract_axes + output_axes).reshape(k, -1)
-        return _format.quantize(matrix, bits, group_size, clip_bits)
+        matrix = matrix.transpose(contract_axes + output_axes).reshape(k, -1)
+        return quantize(matrix, bits, group_size, clip_bits)
 
     if num_stack == 0:
         words, scale = one(weight)
@@ -174,10 +179,10 @@ def clip_bitlayers(bitlayers: jax.Array, bits: int) -> jax.Array:
 
 
 def check_bitlayers(bitlayers: Any, bits: int, where: str) -> None:
-    """Raises if a number of bitlayers whose value is known lies outside 1..bits, or any is no integer.
+    """Raises if a Python or NumPy number of bitlayers lies outside 1..bits, or if any is no integer.
 
     Args:
-      bitlayers: Python or NumPy integers, or a JAX array; the values of a JAX array are not looked at.
+      bitlayers: Python or NumPy integers, or a JAX array, whose values may not be known and are not looked at.
       bits: number of bitlayers stored.
       where: the pytree path or argument, for the message.
 

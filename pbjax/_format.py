@@ -21,6 +21,9 @@ from jax import lax
 from pallas_kernels.bit_matmul.contract import NUM_SCALES, WORD_BITS, num_groups, num_words
 from pallas_kernels.bit_matmul.epilogue import power_of_two
 
+# Elements of a weight that are quantized at a time: intermediates take some 30 bytes for each.
+_BLOCK_ELEMENTS = 2**20
+
 # Candidate clipping points of `clip_bits`, as fractions of max|w|. At 4 bits the best one for a Gaussian is near 0.75.
 _CLIP_FRACTIONS = tuple(1 - 0.02 * i for i in range(36))
 
@@ -31,7 +34,7 @@ def quantize(
     """Codes and scales of one weight.
 
     Args:
-      weight: f32[k, n].
+      weight: float[k, n].
       bits: width of the codes, 1..16.
       group_size: consecutive k that share a scale, a multiple of 32; None is all of k.
       clip_bits: if given, each group is clipped at the fraction of max|w| that is best at this many bitlayers.
@@ -40,6 +43,7 @@ def quantize(
       words: uint32[bits, ceil(k / 32), n].
       scale: f32[min(bits, 4), groups, n]; row b - 1 serves b bitlayers, the last all b >= 4.
     """
+    weight = weight.astype(jnp.float32)
     magnitude = _group_reduce(jnp.max, jnp.abs(weight), group_size)
     if clip_bits is not None:
         magnitude = magnitude * _best_clip(weight, magnitude, clip_bits, group_size)
@@ -47,10 +51,32 @@ def quantize(
     return pack(codes, bits), _scales(weight, magnitude, codes, bits, group_size)
 
 
+def quantize_in_blocks(
+    weight: jax.Array, bits: int, group_size: int | None = None, clip_bits: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize`, some output channels after the others, so that intermediates stay small: the same bits.
+
+    For weights on one device: slicing an axis that is sharded would gather it.
+    """
+    k, n = weight.shape
+    block_n = max(1, _BLOCK_ELEMENTS // k)
+    num_blocks = n // block_n
+    if num_blocks < 2:
+        return quantize(weight, bits, group_size, clip_bits)
+
+    def one(i):
+        return quantize(lax.dynamic_slice_in_dim(weight, i * block_n, block_n, 1), bits, group_size, clip_bits)
+
+    blocks = lax.map(one, jnp.arange(num_blocks))
+    parts = [jnp.moveaxis(leaf, 0, 2).reshape(*leaf.shape[1:3], -1) for leaf in blocks]
+    rest = quantize(weight[:, num_blocks * block_n :], bits, group_size, clip_bits)
+    words, scale = (jnp.concatenate(pair, axis=2) for pair in zip(parts, rest, strict=True))
+    return words, scale
+
+
 def encode(weight: jax.Array, magnitude: jax.Array, bits: int, group_size: int | None) -> jax.Array:
     """Codes of a weight: f32[k, n], f32[groups, n] -> uint32[k, n]."""
-    magnitude = _spread(magnitude, weight.shape[0], group_size)
-    ratio = jnp.where(magnitude > 0, weight / jnp.where(magnitude > 0, magnitude, 1), 0)
+    ratio = _ratio(weight, magnitude, group_size)
     # In float32 the sum rounds to multiples of 2**-23 at the coarsest: finer than any code.
     return jnp.clip(jnp.floor((ratio + 1) * 2.0 ** (bits - 1)), 0, 2**bits - 1).astype(jnp.uint32)
 
@@ -63,7 +89,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
     def add_position(t, words):
         code = lax.dynamic_index_in_dim(codes, t, axis=1, keepdims=False)
-        return words | (((code >> shifts) & 1) << t.astype(jnp.uint32))
+        return words | (((code[None] >> shifts) & 1) << t.astype(jnp.uint32))
 
     return lax.fori_loop(0, WORD_BITS, add_position, jnp.zeros((bits, num_words(k), n), jnp.uint32))
 
@@ -101,21 +127,28 @@ def _scales(
 ) -> jax.Array:
     """Least-squares scales <w, v_b> / <v_b, v_b> for b = 1, 2, 3 and max|w| from 4 on: f32[min(bits, 4), groups, n].
 
-    <w, v_b> is assembled from sums of +-w, whose factors are powers of two, so that row b comes out the same
-    however many bitlayers are stored and however the compiler fuses the arithmetic.
+    The sums run over integers, with w / s in fixed point (k = 4096: 13 bits behind the point, which moves a scale by
+    some 1e-6 of it). Integer sums do not depend on their order: rows come out the same to the last bit however many
+    bitlayers are stored, jitted or not, mapped, in blocks or sharded.
     """
+    k = weight.shape[0] if group_size is None else group_size
+    point = max(26 - k.bit_length(), 0)  # |w / s| <= 4 even where it is clipped, |odd| <= 7: sums stay below 2**31
+    ratio = jnp.rint(_ratio(weight, magnitude, group_size) * 2.0**point).astype(jnp.int32)
     rows = []
-    projection = jnp.zeros_like(magnitude)
     for b in range(1, min(bits, NUM_SCALES - 1) + 1):
-        bit = (codes >> (bits - b)) & 1
-        signed = group_sum(jnp.where(bit == 1, weight, -weight), group_size)
-        projection = projection + signed * 2.0**-b
-        odd = 2 * (codes >> (bits - b)).astype(jnp.int32) + 1 - 2**b
-        square = group_sum(odd * odd, group_size).astype(jnp.float32) * 4.0**-b
-        rows.append(jnp.where(magnitude > 0, projection / square, 0))
+        odd = 2 * (codes >> (bits - b)).astype(jnp.int32) + 1 - 2**b  # v_b * 2**b
+        projection = group_sum(ratio * odd, group_size).astype(jnp.float32) * 2.0 ** (b - point)
+        square = group_sum(odd * odd, group_size).astype(jnp.float32)
+        rows.append((projection / square) * magnitude)
     if bits >= NUM_SCALES:
         rows.append(magnitude)
     return jnp.stack(rows)
+
+
+def _ratio(weight: jax.Array, magnitude: jax.Array, group_size: int | None) -> jax.Array:
+    """w / s, or 0 where s is 0: f32[k, n]."""
+    magnitude = _spread(magnitude, weight.shape[0], group_size)
+    return jnp.where(magnitude > 0, weight / jnp.where(magnitude > 0, magnitude, 1), 0)
 
 
 def _best_clip(weight: jax.Array, magnitude: jax.Array, bits: int, group_size: int | None) -> jax.Array:

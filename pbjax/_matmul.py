@@ -43,8 +43,9 @@ def matmul(
       x: float[..., *contract_shape]. Computed in float32 (fixed point) or as it is with float32 accumulation (float).
       w: the weight, without stack axes (`jax.lax.scan` or `jax.vmap` takes those off).
       activation_bits: A, 2..24, or None for float activations; default `...` is the weight's own.
-      bitlayers: int, or int array broadcastable to the leading axes of `x` (one per row). A value known while
-        tracing must lie in 1..w.bits; a traced one is clipped to it. Default None is the weight's own.
+      bitlayers: int, or int array broadcastable to the leading axes of `x` (one per row). Python and NumPy integers
+        must lie in 1..w.bits; JAX arrays, whose values may not be known, are clipped to it. Default None is the
+        weight's own.
       backend: a name, to run there or raise; default None chooses (see `pbjax.select_backend`).
       preferred_element_type: dtype of the result; default is the promotion of x.dtype and w.dtype.
 

@@ -189,17 +189,18 @@ def _squared_errors(tensor: BitTensor, weight: jax.Array | None) -> tuple[list[f
     errors = []
     for b in range(1, tensor.bits + 1):
         prefix = tensor.replace(bitlayers=jnp.full(tensor.stack_shape, b, jnp.int32))
-        errors.append(float(_square_of_difference(weight, prefix)))
+        errors.append(float(_square_of_difference(weight, _values(prefix))))
     return errors, float(jnp.sum(jnp.square(weight.astype(jnp.float32))))
 
 
+@jax.jit
 def _values(tensor: BitTensor) -> jax.Array:
     return _bit_tensor.unpack_array(tensor.replace(dtype=jnp.dtype(jnp.float32)))
 
 
 @jax.jit
-def _square_of_difference(weight: jax.Array, tensor: BitTensor) -> jax.Array:
-    return jnp.sum(jnp.square(weight.astype(jnp.float32) - _values(tensor)))
+def _square_of_difference(weight: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(weight.astype(jnp.float32) - values))
 
 
 def _ratio(error: float, square: float) -> float:
