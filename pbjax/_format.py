@@ -122,9 +122,7 @@ def dequantize(
     return values * _spread(lax.dynamic_index_in_dim(scale, row, keepdims=False), k, group_size)
 
 
-def _scales(
-    weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int, group_size: int | None
-) -> jax.Array:
+def _scales(weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int, group_size: int | None) -> jax.Array:
     """Least-squares scales <w, v_b> / <v_b, v_b> for b = 1, 2, 3 and max|w| from 4 on: f32[min(bits, 4), groups, n].
 
     The sums run over integers, with w / s in fixed point (k = 4096: 13 bits behind the point, which moves a scale by

@@ -51,6 +51,21 @@ def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return jax.tree.unflatten(results["treedef"], out_leaves)
 
 
+def trace(fn: Callable[..., Any], *args: Any) -> None:
+    """Runs fn(*args) on abstract values. Arrays and `jax.ShapeDtypeStruct`s do alike; other leaves go as they are."""
+    leaves, treedef = jax.tree.flatten(args)
+    dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def run(arrays):
+        full = list(leaves)
+        for i, array in zip(dynamic, arrays, strict=True):
+            full[i] = array
+        fn(*jax.tree.unflatten(treedef, full))
+        return ()
+
+    jax.eval_shape(run, [leaves[i] for i in dynamic])
+
+
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
@@ -83,9 +98,7 @@ def _evaluate_equation(eqn: Any, values: Values) -> Values:
         if results is not None:
             return results
         contract = _conv_contract(eqn) if eqn.primitive.name == "conv_general_dilated" else ()
-        values = [
-            value.to_array(eqn.primitive.name, contract) if is_weight(value) else value for value in values
-        ]
+        values = [value.to_array(eqn.primitive.name, contract) if is_weight(value) else value for value in values]
     with eqn.ctx.manager:
         results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -247,18 +260,14 @@ def _scan(eqn: Any, values: Values) -> Values | None:
     params = eqn.params
     consts, carry, xs = _compat.split_scan_operands(params, values)
     carry = [_to_array(value, "carry of scan") for value in carry]
-    xs = [
-        _to_array(x, "scan over an axis that is not stacked") if is_weight(x) and not x.is_stacked else x for x in xs
-    ]
+    xs = [_to_array(x, "scan over an axis that is not stacked") if is_weight(x) and not x.is_stacked else x for x in xs]
 
     def body(carry, xs):
         layer = [x.next_layer() if is_weight(x) else x for x in xs]
         out = [_to_array(v, "output of scan") for v in _evaluate(params["jaxpr"], [*consts, *carry, *layer])]
         return out[: len(carry)], out[len(carry) :]
 
-    carry, ys = lax.scan(
-        body, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
-    )
+    carry, ys = lax.scan(body, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"])
     return [*carry, *ys]
 
 

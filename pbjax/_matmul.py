@@ -20,7 +20,7 @@ def matmul(
     x: ArrayLike,
     w: BitTensor,
     *,
-    activation_bits: int | None | EllipsisType = ...,
+    activation_bits: int | EllipsisType | None = ...,
     bitlayers: ArrayLike | None = None,
     backend: str | None = None,
     preferred_element_type: DTypeLike | None = None,
@@ -93,11 +93,13 @@ def matmul(
         raise TypeError(f"`preferred_element_type` must be a floating dtype, but got {out_dtype}.")
     m = math.prod(rows_shape)
     y = _product.product(
-        _product.Config(backend=backend, group_size=w.group_size, activation_bits=activation_bits),
         x.reshape(m, w.k),
         w.words,
         w.scale,
         _row_counts(w.bitlayers if bitlayers is None else bitlayers, w.bits, rows_shape).reshape(m),
+        group_size=w.group_size,
+        activation_bits=activation_bits,
+        backend=backend,
     )
     return y.reshape(rows_shape + w.output_shape).astype(out_dtype)
 

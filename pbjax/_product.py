@@ -1,8 +1,8 @@
 """The product of rows of activations with packed words, and how it goes under `vmap` and `grad`.
 
 `vmap` over activations folds into rows. `vmap` over the number of bitlayers makes one pass that keeps the running
-value after every bitlayer, and picks from it. Over both it folds into rows, each with a count of its own. Only where the
-words themselves are mapped does anything loop. Derivatives treat the quantization of activations as the identity.
+value after every bitlayer, and picks from it. Over both it folds into rows, each with a count of its own. Only where
+the words themselves are mapped does anything loop. Derivatives treat the quantization of activations as the identity.
 """
 
 from __future__ import annotations
@@ -19,66 +19,86 @@ from jax.custom_batching import custom_vmap
 from pallas_kernels.bit_matmul import activations, contract
 from pbjax import _backends, _format
 
+Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class _Config:
     """What is static about a product beyond the shapes of its operands."""
 
-    backend: str | None
+    backend: str
     group_size: int | None
     activation_bits: int | None
 
 
-Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def product(config: Config, x: jax.Array, words: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
+def product(
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    group_size: int | None,
+    activation_bits: int | None,
+    backend: str | None,
+) -> jax.Array:
     """x . w_b for each row.
 
     Args:
-      config: the static facts.
       x: float[m, k].
       words: uint32[bits, ceil(k / 32), n].
       scale: f32[min(bits, 4), groups, n].
       bitlayers: int32[m] in 1..bits.
+      group_size: of the scales.
+      activation_bits: width of fixed-point activations, or None.
+      backend: where to run, or None for the automatic choice.
 
     Returns:
       f32[m, n].
     """
+    problem = _problem(x, words, group_size, activation_bits)
     # The backend is settled here, in the caller's context: the rules below may run in another one.
-    selection = _backends.select_backend(_problem(config, x, words), config.backend)
-    return _differentiable(dataclasses.replace(config, backend=selection.name))(x, words, scale, bitlayers)
+    name = _backends.select_backend(problem, backend).name
+    config = _Config(backend=name, group_size=group_size, activation_bits=activation_bits)
+    return _differentiable(config)(x, words, scale, bitlayers)
 
 
-def _problem(config: Config, x: jax.Array, words: jax.Array) -> contract.Problem:
+def _problem(x: jax.Array, words: jax.Array, group_size: int | None, activation_bits: int | None) -> contract.Problem:
     return contract.Problem(
         m=x.shape[0],
         k=x.shape[1],
         n=words.shape[-1],
         bits=words.shape[0],
-        group_size=config.group_size,
-        activation_bits=config.activation_bits,
+        group_size=group_size,
+        activation_bits=activation_bits,
     )
 
 
-def _run(config: Config, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array, prefixes: bool) -> jax.Array:
+def _run(
+    config: _Config, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array, *, prefixes: bool
+) -> jax.Array:
     """Prepares the activations, runs the backend, and applies what belongs to each row."""
     backend = _backends.BACKENDS[config.backend]
     run = backend.prefixes if prefixes else backend.matmul
-    problem = _problem(config, x, words)
+    problem = _problem(x, words, config.group_size, config.activation_bits)
     if config.activation_bits is None:
         x, _, finite = activations.finite_rows(x)
         y = run(problem, x, words, scale, counts)
     else:
         codes, unit, finite = activations.quantize_rows(x, config.activation_bits)
-        y = run(problem, codes, words, scale, counts) * unit[:, None]
+        y = run(problem, codes, words, scale, counts)
+        y = y * _per_row(unit, y.ndim)
     # The select also stands between this multiplication and an addition by the caller (a bias), which a compiler
     # could otherwise fuse, rounding once: the bits would depend on who calls.
-    return jnp.where(finite[:, None], y, jnp.nan)
+    return jnp.where(_per_row(finite, y.ndim), y, jnp.nan)
+
+
+def _per_row(value: jax.Array, rank: int) -> jax.Array:
+    """One value per row, shaped to broadcast to an array of that rank whose last axes are (m, n)."""
+    return value.reshape((1,) * (rank - 2) + (-1, 1))
 
 
 @functools.cache
-def _batched(config: Config) -> tuple[Product, Product]:
+def _batched(config: _Config) -> tuple[Product, Product]:
     """The product at given counts and at every count up to a limit, with their rules for `vmap`."""
 
     @custom_vmap
@@ -129,7 +149,7 @@ def _map(fn: Product, in_batched: list[bool], args: tuple[jax.Array, ...]) -> ja
 
 
 @functools.cache
-def _differentiable(config: Config) -> Product:
+def _differentiable(config: _Config) -> Product:
     """The product with its derivatives with respect to the activations and the scales."""
     matmul, _ = _batched(config)
 
@@ -138,7 +158,8 @@ def _differentiable(config: Config) -> Product:
         return matmul(x, words, scale, bitlayers)
 
     def forward(x, words, scale, bitlayers):
-        return matmul(x, words, scale, bitlayers), (x, words, scale, bitlayers)
+        # Through `differentiable` again, so that a second derivative finds this rule and not the quantization.
+        return differentiable(x, words, scale, bitlayers), (x, words, scale, bitlayers)
 
     def backward(residuals, g):
         x, words, scale, bitlayers = residuals
@@ -159,7 +180,7 @@ def _sum_over_counts(bits: int, bitlayers: jax.Array, term: Callable, zero: jax.
     return lax.scan(add, zero, jnp.arange(1, bits + 1, dtype=jnp.int32))[0]
 
 
-def _gradient_of_x(config: Config, x, words, scale, bitlayers, g) -> jax.Array:
+def _gradient_of_x(config: _Config, x, words, scale, bitlayers, g) -> jax.Array:
     """g . w_b^T row by row, through the dequantized prefix: f32[m, k]."""
 
     def term(b, rows):
@@ -169,7 +190,7 @@ def _gradient_of_x(config: Config, x, words, scale, bitlayers, g) -> jax.Array:
     return _sum_over_counts(words.shape[0], bitlayers, term, jnp.zeros(x.shape, jnp.float32))
 
 
-def _gradient_of_scale(config: Config, x, words, scale, bitlayers, g) -> jax.Array:
+def _gradient_of_scale(config: _Config, x, words, scale, bitlayers, g) -> jax.Array:
     """sum_k v_b * (x^T g) over each group: f32[min(bits, 4), groups, n]."""
     bits, k = words.shape[0], x.shape[1]
     ones = jnp.ones_like(scale)
@@ -178,6 +199,6 @@ def _gradient_of_scale(config: Config, x, words, scale, bitlayers, g) -> jax.Arr
         outer = jnp.dot(x.T.astype(jnp.float32), jnp.where(rows[:, None], g, 0), precision="highest")
         per_k = _format.dequantize(words, ones, b, k, config.group_size) * outer
         row = jnp.arange(scale.shape[0]) == jnp.minimum(b, scale.shape[0]) - 1
-        return row[:, None, None] * _format.group_sum(per_k, config.group_size)
+        return jnp.where(row[:, None, None], _format.group_sum(per_k, config.group_size)[None], 0)
 
     return _sum_over_counts(bits, bitlayers, term, jnp.zeros_like(scale))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import rich.console
@@ -39,9 +40,9 @@ class Spec:
     bits: int | None = None
     contract: tuple[int, ...] | None = None
     stack: tuple[int, ...] | None = None
-    group_size: int | None | Any = ...
-    activation_bits: int | None | Any = ...
-    clip_bits: int | None | Any = ...
+    group_size: int | Any | None = ...
+    activation_bits: int | Any | None = ...
+    clip_bits: int | Any | None = ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,10 @@ def quantize(
 ) -> Any:
     """Replaces weights of a tree by BitTensors, without data and without training.
 
-    A weight w of a group with scale s = max|w| gets the code c = clip(floor((w / s + 1) * 2**(bits-1)), 0, 2**bits - 1),
+    A weight w of a group with scale s = max|w| gets the code
+
+        c = clip(floor((w / s + 1) * 2**(bits-1)), 0, 2**bits - 1),
+
     whose bits, most significant first, are its bitlayers. The first b of them are the b-bit quantization of w, with a
     scale of their own for b < 4 (least squares over the group) and s from 4 on.
 
@@ -105,8 +109,9 @@ def quantize(
       ValueError: a width or group size out of range, axes that do not fit, nothing to quantize, or a weight with a NaN
         or an infinity (only where its value is known); the message names the path.
 
-    Cost: one weight at a time. Beyond the result, intermediates stay below the size of the largest weight, or some 32 MB
-    where that is more; under `jit` or on several devices they are about seven times one weight (one layer of a stack).
+    Cost: one weight at a time. Beyond the result, intermediates stay below the size of the largest weight, or some
+    32 MB where that is more; under `jit` or on several devices they are about seven times one weight (one layer of a
+    stack).
 
     References:
       PrecisionBatching: Lam, Yedidia, Banbury, Reddi, arXiv 2003.00822.
@@ -132,7 +137,8 @@ def quantize(
     if not plans and not any(map(is_bit_tensor, leaves)):
         raise ValueError(
             f"`tree` must hold a weight to quantize, but none of its {len(leaves)} leaves was chosen. By default these "
-            "are arrays named `kernel` of rank 2 or more; name others with `rules` or `select`, or give `fn` and `args`."
+            "are arrays named `kernel` of rank 2 or more; name others with `rules` or `select`, or give `fn` and "
+            "`args`."
         )
     for i in _track(plans, sum(leaves[i].nbytes for i in plans if hasattr(leaves[i], "nbytes")), progress):
         _check_finite(names[i], leaves[i])
@@ -359,6 +365,7 @@ def _plan(name: str, leaf: Any, uses: list[_uses.Use], spec: Spec) -> _Plan:
     if 0 in leaf.shape:
         raise ValueError(f"a weight to quantize must not be empty, but {name} is {_describe(leaf)}.")
     packed_contract = tuple(a - num_stack for a in contract_axes)
+    assert spec.bits is not None, "rules take the default"
     return _Plan(
         bits=int(spec.bits),
         num_stack=num_stack,

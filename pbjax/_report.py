@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import rich.console
 import rich.table
 
-from pbjax import _bit_tensor, _paths, _quantized
+from pbjax import _bit_tensor, _interpret, _paths, _quantized
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
+from pbjax._packed import Dequantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,9 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), width=160)
-        console.print(self.to_table())
-        return console.file.getvalue()
+        text = io.StringIO()
+        rich.console.Console(file=text, width=160).print(self.to_table())
+        return text.getvalue()
 
     def __rich__(self) -> rich.table.Table:
         return self.to_table()
@@ -120,7 +122,7 @@ def report(
 
     Cost: dequantizes one weight at a time, once for each number of bitlayers.
     """
-    names, leaves, treedef = _paths.named_leaves(tree)
+    names, leaves, _ = _paths.named_leaves(tree)
     if not any(map(is_bit_tensor, leaves)):
         raise ValueError("`tree` must hold BitTensors, but it has none. Make them with `pbjax.quantize`.")
     originals = [None] * len(leaves)
@@ -171,26 +173,22 @@ def report(
     return Report(rows=tuple(rows), total=total, reference="stored" if original is None else "original")
 
 
-def _dequantized_by(fn: Callable[..., Any], tree: Any, args: tuple[Any, ...]) -> list[Any]:
-    found: list[Any] = []
+def _dequantized_by(fn: Callable[..., Any], tree: Any, args: tuple[Any, ...]) -> list[Dequantized]:
+    found: list[Dequantized] = []
 
-    def traced(tree, args):
-        found.extend(_quantized.run(fn, (tree, *args), {})[1])
-        return ()
-
-    jax.eval_shape(traced, tree, args)
+    _interpret.trace(lambda tree, args: found.extend(_quantized.run(fn, (tree, *args), {})[1]), tree, args)
     return found
 
 
 def _squared_errors(tensor: BitTensor, weight: jax.Array | None) -> tuple[list[float], float]:
     """Sums of squares of w - w_b for b = 1..bits, and of w."""
-    if weight is None:
-        weight = _values(tensor.replace(bitlayers=jnp.full(tensor.stack_shape, tensor.bits, jnp.int32)))
-    errors = []
-    for b in range(1, tensor.bits + 1):
-        prefix = tensor.replace(bitlayers=jnp.full(tensor.stack_shape, b, jnp.int32))
-        errors.append(float(_square_of_difference(weight, _values(prefix))))
-    return errors, float(jnp.sum(jnp.square(weight.astype(jnp.float32))))
+
+    def values(b: int) -> jax.Array:
+        return _values(tensor.replace(bitlayers=jnp.full(tensor.stack_shape, b, jnp.int32)))
+
+    true = values(tensor.bits) if weight is None else jnp.asarray(weight, jnp.float32)
+    errors = [float(_square(true - values(b))) for b in range(1, tensor.bits + 1)]
+    return errors, float(_square(true))
 
 
 @jax.jit
@@ -199,8 +197,8 @@ def _values(tensor: BitTensor) -> jax.Array:
 
 
 @jax.jit
-def _square_of_difference(weight: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(weight.astype(jnp.float32) - values))
+def _square(values: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(values))
 
 
 def _ratio(error: float, square: float) -> float:
@@ -208,7 +206,4 @@ def _ratio(error: float, square: float) -> float:
 
 
 def _num_elements(tensor: BitTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count
+    return math.prod(tensor.shape)

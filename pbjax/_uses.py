@@ -129,38 +129,22 @@ def trace_uses(fn: Callable[..., Any], tree: Any, args: tuple[Any, ...]) -> list
 
     Nothing is computed: arrays and `jax.ShapeDtypeStruct`s do alike.
     """
-    leaves, treedef = jax.tree.flatten(tree)
     uses = Uses()
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
 
-    def run(arrays, args):
-        arrays = iter(arrays)
-        weights = []
-        for i, (leaf, array_like) in enumerate(zip(leaves, is_array, strict=True)):
-            if not array_like:
-                weights.append(leaf)
-                continue
-            array = next(arrays)
-            if jnp.issubdtype(array.dtype, jnp.floating) and array.ndim >= 2:
-                probe = Probe(array, tuple(range(-array.ndim, 0)), frozenset(), i, uses)
-                weights.append(View.of(probe, array.dtype))
-            else:
-                weights.append(array)
+    def run(tree, args):
+        leaves, treedef = jax.tree.flatten(tree)
+        weights = [_probe(leaf, i, uses) for i, leaf in enumerate(leaves)]
         _interpret.call(fn, (jax.tree.unflatten(treedef, weights), *args), {})
-        return ()
 
-    arrays = [leaf for leaf, array_like in zip(leaves, is_array, strict=True) if array_like]
-    arg_leaves, args_treedef = jax.tree.flatten(args)
-    traced = [i for i, leaf in enumerate(arg_leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    _interpret.trace(run, tree, args)
+    return [uses.by_weight[i] for i in range(len(jax.tree.leaves(tree)))]
 
-    def with_args(arrays, traced_leaves):
-        full = list(arg_leaves)
-        for i, leaf in zip(traced, traced_leaves, strict=True):
-            full[i] = leaf
-        return run(arrays, jax.tree.unflatten(args_treedef, full))
 
-    jax.eval_shape(with_args, arrays, [arg_leaves[i] for i in traced])
-    return [uses.by_weight[i] for i in range(len(leaves))]
+def _probe(leaf: Any, index: int, uses: Uses) -> Any:
+    """A probe in place of a leaf that may be a weight; any other leaf itself."""
+    if not (isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2):
+        return leaf
+    return View.of(Probe(leaf, tuple(range(-leaf.ndim, 0)), frozenset(), index, uses), leaf.dtype)
 
 
 def layout_of(shape: tuple[int, ...], uses: Sequence[Use]) -> Layout | None:

@@ -45,10 +45,8 @@ class Source(Protocol):
         """Part of one axis."""
         ...
 
-    def dot(
-        self, x: jax.Array, contract: Axes, batch: Axes, free: Axes, out_dtype: np.dtype
-    ) -> jax.Array | None:
-        """x[*batch, *rows, *contract] times the weight: [*batch, *rows, *free]; every axis of more than one is named."""
+    def dot(self, x: jax.Array, contract: Axes, batch: Axes, free: Axes, out_dtype: np.dtype) -> jax.Array | None:
+        """x[*batch, *rows, *contract] times the weight: [*batch, *rows, *free]. Axes longer than 1 are all named."""
         ...
 
     def take(self, axis: int, indices: jax.Array) -> jax.Array | None:
@@ -171,9 +169,7 @@ class View:
             tuple(itertools.chain.from_iterable(self.axes[i] for i in group)) for group in (contract, batch, free)
         )
         sizes = self.source.shape
-        x = x.reshape(
-            (*(sizes[a] for a in batch_axes), *rows_shape, *(sizes[a] for a in contract_axes))
-        )
+        x = x.reshape((*(sizes[a] for a in batch_axes), *rows_shape, *(sizes[a] for a in contract_axes)))
         y = self.source.dot(x, contract_axes, batch_axes, free_axes, out_dtype)
         return None if y is None else y.reshape((*batch_shape, *rows_shape, *(self.shape[i] for i in free)))
 
@@ -210,8 +206,8 @@ class Concatenation:
 
     def map(self, fn: Callable[[View], View | None], dim: int) -> Concatenation | None:
         """Applies `fn` to every part; None if it is None for any."""
-        parts = [fn(part) for part in self.parts]
-        return None if any(part is None for part in parts) else Concatenation(tuple(parts), dim)
+        parts = [mapped for part in self.parts if (mapped := fn(part)) is not None]
+        return Concatenation(tuple(parts), dim) if len(parts) == len(self.parts) else None
 
     def to_array(self, primitive: str, contract: Axes = ()) -> jax.Array:
         return lax.concatenate([part.to_array(primitive, contract) for part in self.parts], self.dim)
@@ -235,8 +231,8 @@ class Concatenation:
         contract, batch = dims
         if self.dim in (*contract, *batch):
             return None
-        results = [part.dot(x, x_dims, dims, out_dtype) for part in self.parts]
-        if any(y is None for y in results):
+        results = [y for part in self.parts if (y := part.dot(x, x_dims, dims, out_dtype)) is not None]
+        if len(results) < len(self.parts):
             return None
         free = [i for i in range(len(self.shape)) if i not in (*contract, *batch)]
         return lax.concatenate(results, results[0].ndim - len(free) + free.index(self.dim))

@@ -131,10 +131,14 @@ def models() -> list[Model]:
     dense = ((), (0,))
     return [
         _linen("mlp", MLP(), x, (dense, dense)),
-        _linen("conv", ConvNet(), jax.random.normal(KEY, (2, 8, 8, 3)), (((), (0, 1, 2)), dense), ("conv_general_dilated",)),
+        _linen(
+            "conv", ConvNet(), jax.random.normal(KEY, (2, 8, 8, 3)), (((), (0, 1, 2)), dense), ("conv_general_dilated",)
+        ),
         _linen("lstm", nn.RNN(nn.OptimizedLSTMCell(24)), sequence, (dense,) * 8),
         _linen("gru", nn.RNN(nn.GRUCell(24)), sequence, (dense,) * 6),
-        _linen("attention", nn.MultiHeadDotProductAttention(num_heads=4), sequence, (dense, ((), (0, 1)), dense, dense)),
+        _linen(
+            "attention", nn.MultiHeadDotProductAttention(num_heads=4), sequence, (dense, ((), (0, 1)), dense, dense)
+        ),
         _linen("dense_general", nn.DenseGeneral((3, 5), axis=(-2, -1)), sequence, (((), (0, 1)),)),
         _linen("tied_embedding", TiedEmbedding(), tokens, (dense, ((), (1,)))),
         _linen("scanned_blocks", ScannedBlocks(), x, (((3,), (0,)), ((3,), (0,)))),

@@ -25,7 +25,7 @@ LINEN = [
     ("DenseGeneral", dict(features=6, axis=-1, batch_dims=(0,))),
 ]
 NNX = [
-    ("Linear", (32, 7), dict()),
+    ("Linear", (32, 7), {}),
     ("Linear", (32, 7), dict(use_bias=False, dtype=jnp.bfloat16)),
     ("LinearGeneral", ((5, 32), (3, 4)), dict(axis=(-2, -1))),
     ("LinearGeneral", (32, 6), dict(axis=-1, batch_axis={0: 4})),

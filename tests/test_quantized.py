@@ -80,7 +80,9 @@ def test_what_is_unpacked_is_reported(model):
     if not model.as_floats:
         apply(qparams, *model.args)  # warnings are errors
     else:
-        with pytest.warns(pbjax.DequantizedWarning, match=rf"kernel \({model.as_floats[0]}\)|w \({model.as_floats[0]}\)"):
+        with pytest.warns(
+            pbjax.DequantizedWarning, match=rf"kernel \({model.as_floats[0]}\)|w \({model.as_floats[0]}\)"
+        ):
             apply(qparams, *model.args)
 
 
@@ -182,7 +184,9 @@ def test_arguments_that_are_no_arrays_and_results_that_are_none():
 
 def test_without_bit_tensors_nothing_changes():
     model = MODELS["mlp"]
-    np.testing.assert_array_equal(pbjax.quantized(model.fn)(model.params, *model.args), model.fn(model.params, *model.args))
+    np.testing.assert_array_equal(
+        pbjax.quantized(model.fn)(model.params, *model.args), model.fn(model.params, *model.args)
+    )
 
 
 def test_mutable_collections_and_flags_of_linen():

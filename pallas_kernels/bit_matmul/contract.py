@@ -52,17 +52,29 @@ class Problem:
 
     @property
     def num_words(self) -> int:
+        """Words along the contraction."""
         return num_words(self.k)
 
     @property
     def groups(self) -> int:
+        """Groups along the contraction."""
         return num_groups(self.k, self.group_size)
+
+    @property
+    def words_per_group(self) -> int:
+        """Words along the contraction of one group."""
+        return self.num_words if self.group_size is None else self.group_size // WORD_BITS
+
+    @property
+    def fixed_point_bits(self) -> int:
+        """`activation_bits` of a fixed-point product."""
+        assert self.activation_bits is not None, "float activations have no fixed-point width"
+        return self.activation_bits
 
     @property
     def activation_limbs(self) -> int:
         """Number of 8-bit limbs of an activation code: the top one signed, the others unsigned."""
-        assert self.activation_bits is not None
-        return -(-self.activation_bits // LIMB_BITS)
+        return -(-self.fixed_point_bits // LIMB_BITS)
 
     @property
     def code_limbs(self) -> tuple[tuple[int, int], ...]:
@@ -72,13 +84,15 @@ class Problem:
     @property
     def segments(self) -> tuple[tuple[int, int, int], ...]:
         """(group, first word, last word): k in runs of one group that int32 sums exactly, in order."""
-        words_per_group = self.num_words if self.group_size is None else self.group_size // WORD_BITS
         step = MAX_EXACT_K // WORD_BITS
         return tuple(
-            (group, start, min(start + step, (group + 1) * words_per_group, self.num_words))
+            (group, start, min(start + step, self._end_of_group(group)))
             for group in range(self.groups)
-            for start in range(group * words_per_group, min((group + 1) * words_per_group, self.num_words), step)
+            for start in range(group * self.words_per_group, self._end_of_group(group), step)
         )
+
+    def _end_of_group(self, group: int) -> int:
+        return min((group + 1) * self.words_per_group, self.num_words)
 
 
 def num_words(k: int) -> int:

@@ -57,30 +57,50 @@ def scale_groups(sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, activa
     Returns:
       f32[m, n].
     """
-    sums = sums * power_of_two(2 - activation_bits - bitlayers)[None, :, None]
     if sums.shape[0] == 1:
-        return sums[0] * scale_rows(scale[:, 0], bitlayers)
+        return sums[0] * power_of_two(2 - activation_bits - bitlayers)[:, None] * scale_rows(scale[:, 0], bitlayers)
 
-    def add_group(total, group):
-        group_sum, group_scale = group
-        factor = scale_rows(group_scale, bitlayers)
-        factor_high, factor_low = _halves(factor)
-        sum_high, sum_low = _halves(group_sum)
-        total = total + factor_low * sum_low
-        total = total + factor_low * sum_high
-        total = total + factor_high * sum_low
-        return total + factor_high * sum_high, None
+    def add(group, total):
+        group_sum = lax.dynamic_slice(sums, (group, 0, 0), (1, *sums.shape[1:]), allow_negative_indices=False)[0]
+        return add_group(total, group_sum, scale, group, bitlayers, activation_bits)
 
-    total, _ = lax.scan(add_group, jnp.zeros(sums.shape[1:], jnp.float32), (sums, jnp.moveaxis(scale, 1, 0)))
-    return total
+    return lax.fori_loop(0, sums.shape[0], add, jnp.zeros(sums.shape[1:], jnp.float32))
+
+
+def add_group(
+    total: jax.Array,
+    group_sum: jax.Array,
+    scale: jax.Array,
+    group: jax.Array,
+    bitlayers: jax.Array,
+    activation_bits: int,
+) -> jax.Array:
+    """total + scale_b[group] * 2**-(b + activation_bits - 2) * group_sum, the step of `scale_groups`. f32[m, n]."""
+    # One slice for each row of the scale: XLA's CPU compiler does not vectorize a fusion in which one dynamic slice is
+    # read through several index maps (7 times slower for one row of 32 groups by 4096 channels, measured).
+    size = (1, 1, scale.shape[2])
+    scales = [
+        lax.dynamic_slice(scale, (row, group, 0), size, allow_negative_indices=False)[0] for row in range(len(scale))
+    ]
+    factor_high, factor_low = _halves(_select_row(scales, bitlayers))
+    sum_high, sum_low = _halves(group_sum * power_of_two(2 - activation_bits - bitlayers)[:, None])
+    total = total + factor_low * sum_low
+    total = total + factor_low * sum_high
+    total = total + factor_high * sum_low
+    return total + factor_high * sum_high
 
 
 def scale_rows(scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
     """The scale that serves each row: f32[min(bits, 4), n], int32[m] -> f32[m, n]."""
-    row = jnp.clip(bitlayers, 1, scale.shape[0]) - 1
-    out = jnp.broadcast_to(scale[0], (bitlayers.shape[0], scale.shape[1]))
-    for i in range(1, scale.shape[0]):  # selects, not a gather: they fuse
-        out = jnp.where((row == i)[:, None], scale[i : i + 1], out)
+    return _select_row([scale[i : i + 1] for i in range(scale.shape[0])], bitlayers)
+
+
+def _select_row(scales: list[jax.Array], bitlayers: jax.Array) -> jax.Array:
+    """f32[1, n] for each count, int32[m] -> f32[m, n]."""
+    row = jnp.clip(bitlayers, 1, len(scales)) - 1
+    out = jnp.broadcast_to(scales[0], (bitlayers.shape[0], scales[0].shape[1]))
+    for i in range(1, len(scales)):  # selects, not a gather: they fuse
+        out = jnp.where((row == i)[:, None], scales[i], out)
     return out
 
 

@@ -30,10 +30,12 @@ def matmul(
             for limb in _limbs(x[:, k_range], problem.activation_limbs)
         ]
         sums[group] = sums[group] + epilogue.combine_limbs(jnp.array(limbs), bitlayers)
-    return epilogue.scale_groups(jnp.stack(sums), scale, bitlayers, problem.activation_bits)
+    return epilogue.scale_groups(jnp.stack(sums), scale, bitlayers, problem.fixed_point_bits)
 
 
-def prefixes(problem: contract.Problem, x: jax.Array, words: jax.Array, scale: jax.Array, limit: jax.Array) -> jax.Array:
+def prefixes(
+    problem: contract.Problem, x: jax.Array, words: jax.Array, scale: jax.Array, limit: jax.Array
+) -> jax.Array:
     """The product at every number of bitlayers, one by one."""
     del limit
     counts = jnp.arange(1, problem.bits + 1)
@@ -50,8 +52,8 @@ def _digits(words: jax.Array) -> jax.Array:
 
 def _limbs(codes: jax.Array, num: int) -> list[jax.Array]:
     """Two's complement codes in 8-bit limbs, most significant (signed) first."""
-    top = contract.LIMB_BITS * (num - 1)
-    return [codes >> top] + [(codes >> shift) & 0xFF for shift in range(top - contract.LIMB_BITS, -1, -contract.LIMB_BITS)]
+    top, *lower = range(contract.LIMB_BITS * (num - 1), -1, -contract.LIMB_BITS)
+    return [codes >> top] + [(codes >> shift) & 0xFF for shift in lower]
 
 
 def _limb_sum(limb: jax.Array, digits: jax.Array, used: jax.Array) -> jax.Array:
@@ -66,7 +68,9 @@ def _float_matmul(
     problem: contract.Problem, x: jax.Array, digits: jax.Array, scale: jax.Array, bitlayers: jax.Array
 ) -> jax.Array:
     weight_of_bit = jnp.where(
-        jnp.arange(problem.bits) < bitlayers[:, None], 0.5 ** jnp.arange(1, problem.bits + 1, dtype=jnp.float32), 0.0
+        jnp.arange(problem.bits)[None] < bitlayers[:, None],
+        0.5 ** jnp.arange(1, problem.bits + 1, dtype=jnp.float32)[None],
+        0.0,
     )  # [m, bits]
     size = problem.group_size or problem.num_words * contract.WORD_BITS
     total = jnp.zeros((problem.m, problem.n), jnp.float32)

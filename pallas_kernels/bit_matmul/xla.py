@@ -1,0 +1,89 @@
+"""The product in plain jnp and lax: right on every platform, and written for the CPU.
+
+Two ways, each fast where the other is not: `_xla_serial` works on the words themselves, one bitlayer and one
+activation bit at a time, so its cost grows with rows * bitlayers * activation bits; `_xla_blocks` unpacks words and
+leaves the rest to a dot, so it pays for unpacking once. Both sum the same integers, so which one runs never shows in
+a fixed-point result.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.bit_matmul import _xla_blocks, _xla_serial, contract, epilogue
+
+# rows * activation bits * bitlayers up to which the words themselves are faster. Measured at 2 to 32 rows, 8 and 16
+# activation bits, 2, 4 and 8 bitlayers, 4096 x 4096 and 1024 x 1024 (JAX 0.10.2, 2 cores, AVX-512): everywhere the two
+# ways cost the same between 384 and 512, since unpacking and a dot of few rows cost about as much at any of these.
+_SERIAL_WORK = 448
+
+
+def unsupported(problem: contract.Problem) -> str | None:
+    """Runs everything, everywhere."""
+    del problem
+    return None
+
+
+def matmul(
+    problem: contract.Problem, x: jax.Array, words: jax.Array, scale: jax.Array, bitlayers: jax.Array
+) -> jax.Array:
+    """The product of the contract."""
+    if problem.m == 0 or problem.n == 0:
+        return jnp.zeros((problem.m, problem.n), jnp.float32)
+    x = _pad(problem, x)
+    operands = (x, words, scale, bitlayers)
+    serial, blocks = functools.partial(_serial, problem, sweep=False), functools.partial(_xla_blocks.matmul, problem)
+    if problem.activation_bits is None or problem.m * problem.activation_bits > _SERIAL_WORK:
+        return blocks(*operands)
+    if problem.m * problem.activation_bits * problem.bits <= _SERIAL_WORK:
+        return serial(*operands)
+    limit = _SERIAL_WORK // (problem.m * problem.activation_bits)
+    return lax.cond(jnp.max(bitlayers) <= limit, serial, blocks, *operands)
+
+
+def prefixes(
+    problem: contract.Problem, x: jax.Array, words: jax.Array, scale: jax.Array, limit: jax.Array
+) -> jax.Array:
+    """The product at every number of bitlayers up to `limit`."""
+    if problem.m == 0 or problem.n == 0:
+        return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
+    x = _pad(problem, x)
+    limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
+    # The words are read once for all counts, and a dot is needed for each: as above, with one bitlayer to each dot.
+    if problem.activation_bits is None or problem.m * problem.activation_bits > _SERIAL_WORK:
+        return _xla_blocks.prefixes(problem, x, words, scale, limit)
+    limits = jnp.full((problem.m,), limit, jnp.int32)
+    return _serial(problem, x, words, scale, limits, sweep=True).reshape(problem.bits, problem.m, problem.n)
+
+
+def _pad(problem: contract.Problem, x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))
+
+
+def _serial(
+    problem: contract.Problem, x: jax.Array, words: jax.Array, scale: jax.Array, bitlayers: jax.Array, *, sweep: bool
+) -> jax.Array:
+    """f32[m, n], with `sweep` f32[bits * m, n]: the rows of each number of bitlayers in turn."""
+    counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), problem.m) if sweep else bitlayers
+    sums = [jnp.zeros((counts.shape[0], problem.n), jnp.float32)] * problem.groups
+    for group, span in _spans(problem):
+        limbs = _xla_serial.limb_sums(problem, span, x, words, bitlayers, sweep=sweep)
+        values = jax.vmap(epilogue.combine_limbs, in_axes=(2, None))(limbs, counts)
+        if span.num_segments > 1:
+            return epilogue.scale_groups(values, scale, counts, problem.fixed_point_bits)
+        sums[group] = sums[group] + values[0]
+    return epilogue.scale_groups(jnp.stack(sums), scale, counts, problem.fixed_point_bits)
+
+
+def _spans(problem: contract.Problem) -> list[tuple[int, _xla_serial.Span]]:
+    """(first group, span): all groups in one span, unless a group is longer than int32 can sum."""
+    if len(problem.segments) == problem.groups > 1:
+        return [(0, _xla_serial.Span(start=0, stop=problem.num_words, segment=problem.words_per_group))]
+    return [
+        (group, _xla_serial.Span(start=start, stop=stop, segment=stop - start))
+        for group, start, stop in problem.segments
+    ]
