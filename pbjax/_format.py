@@ -145,8 +145,10 @@ def _scales(weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int
 
 def _ratio(weight: jax.Array, magnitude: jax.Array, group_size: int | None) -> jax.Array:
     """w / s, or 0 where s is 0: f32[k, n]."""
-    magnitude = _spread(magnitude, weight.shape[0], group_size)
-    return jnp.where(magnitude > 0, weight / jnp.where(magnitude > 0, magnitude, 1), 0)
+    magnitude = jnp.broadcast_to(_spread(magnitude, weight.shape[0], group_size), weight.shape)
+    # Behind the barrier the compiler does not see that a whole column has one divisor, of which it would take the
+    # reciprocal: another rounding, and 0 for the largest magnitudes.
+    return jnp.where(magnitude > 0, weight / lax.optimization_barrier(jnp.where(magnitude > 0, magnitude, 1)), 0)
 
 
 def _best_clip(weight: jax.Array, magnitude: jax.Array, bits: int, group_size: int | None) -> jax.Array:

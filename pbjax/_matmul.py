@@ -28,13 +28,14 @@ def matmul(
     """Multiplies activations with a weight stored as bitlayers: y = x . w_b over the weight's contracted axes.
 
     With fixed-point activations (the default) each row is quantized to q = round_half_even(x / t),
-    t = max|x| / (2**(A-1) - 1), and
+    t = max|x| / (2**(A-1) - 1), where x / t is computed in float32 (at A = 24 q may be off by one), and
 
         y = (t * scale_b) * 2**-b * sum_k q * (2 * c_b - (2**b - 1)),
 
     whose integers are exact: the result is the same to the last bit on every backend, for any number of rows, jitted
     or not. With float activations the sum runs in float32 in an order that the backend chooses. A row that holds a
-    NaN or an infinity gives NaN in that row and no other.
+    NaN or an infinity gives NaN in that row and no other. Rows whose magnitudes all lie below 2**-100 keep the step of
+    2**-100, and so lose precision.
 
     `vmap` over `x` or the number of bitlayers costs no loop: a sweep over all numbers of bitlayers is one pass.
     The reverse-mode derivative goes through the dequantized weight, with respect to `x` and to `w.scale`.

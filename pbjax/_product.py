@@ -86,10 +86,11 @@ def _run(
     else:
         codes, unit, finite = activations.quantize_rows(x, config.activation_bits)
         y = run(problem, codes, words, scale, counts)
-        y = y * _per_row(unit, y.ndim)
-    # The select also stands between this multiplication and an addition by the caller (a bias), which a compiler
-    # could otherwise fuse, rounding once: the bits would depend on who calls.
-    return jnp.where(_per_row(finite, y.ndim), y, jnp.nan)
+        # The barriers keep the sequence of roundings: behind them a compiler sees neither that the factor is a constant
+        # (it would multiply it with the scale first) nor that zero is added. The addition takes the place of the one
+        # that the compiler would fuse with this multiplication, rounding once: a bias of the caller's.
+        y = y * _per_row(lax.optimization_barrier(unit), y.ndim)
+    return y + _per_row(lax.optimization_barrier(jnp.where(finite, 0.0, jnp.nan)), y.ndim)
 
 
 def _per_row(value: jax.Array, rank: int) -> jax.Array:

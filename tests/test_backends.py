@@ -1,0 +1,156 @@
+"""The choice of a backend: who decides, what is refused, and that jit notices."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pbjax
+from pbjax import _backends
+
+PROBLEM = pbjax.Problem(m=2, k=40, n=3, bits=4, group_size=None, activation_bits=8)
+VARIABLE = _backends.ENVIRONMENT_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """A backend named `spy`, first in order of preference, that runs anything with k < 100; appends what it traces."""
+    traced = []
+
+    def matmul(problem, *operands):
+        traced.append(problem)
+        return _backends.BACKENDS["reference"].matmul(problem, *operands)
+
+    backend = dataclasses.replace(
+        _backends.BACKENDS["reference"],
+        name="spy",
+        unsupported=lambda problem: None if problem.k < 100 else "k is 100 or more",
+        matmul=matmul,
+        automatic=True,
+    )
+    monkeypatch.setattr(_backends, "BACKENDS", {"spy": backend, **_backends.BACKENDS})
+    return traced
+
+
+def weight(k=40):
+    return pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (k, 3))}, 4, activation_bits=8)["kernel"]
+
+
+def test_automatic_is_the_first_that_can():
+    selection = pbjax.select_backend(PROBLEM)
+    assert selection == pbjax.Selection("xla", "the first in order of preference that can run it", ())
+
+
+def test_last_automatic_backend_runs_everything():
+    """Automatic choice cannot fail: `xla` refuses nothing. And it never takes the oracle."""
+    automatic = [backend for backend in _backends.BACKENDS.values() if backend.automatic]
+    assert automatic[-1].name == "xla"
+    assert not _backends.BACKENDS["reference"].automatic
+    for bits, activation_bits, group_size, m in ((1, None, None, 0), (16, 24, 32, 1), (16, None, 4096, 10**6)):
+        problem = pbjax.Problem(m=m, k=10**6, n=1, bits=bits, group_size=group_size, activation_bits=activation_bits)
+        assert automatic[-1].unsupported(problem) is None
+
+
+def test_automatic_passes_over_what_is_unsupported(spy):
+    assert pbjax.select_backend(PROBLEM).name == "spy"
+    selection = pbjax.select_backend(dataclasses.replace(PROBLEM, k=100))
+    assert selection.name == "xla"
+    assert selection.rejected == (("spy", "k is 100 or more"),)
+
+
+def test_explicit_choice_runs_or_raises(spy, monkeypatch):
+    """No fallback, whoever chose; the reason is in the message."""
+    large = dataclasses.replace(PROBLEM, k=100)
+    message = r"backend 'spy', chosen by {}, cannot run Problem\(.*k=100.*\): k is 100 or more\. Choose another"
+    with pytest.raises(pbjax.Unsupported, match=message.format("the argument `backend`")):
+        pbjax.select_backend(large, "spy")
+    with pbjax.use_backend("spy"), pytest.raises(pbjax.Unsupported, match=message.format("`pbjax.use_backend`")):
+        pbjax.select_backend(large)
+    monkeypatch.setenv(VARIABLE, "spy")
+    with pytest.raises(pbjax.Unsupported, match=message.format("the environment variable PBJAX_BACKEND")):
+        pbjax.select_backend(large)
+    with pytest.raises(pbjax.Unsupported, match="k is 100 or more"):
+        pbjax.matmul(jnp.ones((2, 100)), weight(100), backend="spy")
+    assert not spy
+
+
+def test_nothing_can_run_it(monkeypatch, spy):
+    monkeypatch.setattr(_backends, "BACKENDS", {"spy": _backends.BACKENDS["spy"]})
+    with pytest.raises(pbjax.Unsupported, match=r"no backend can run Problem\(.*\('spy', 'k is 100 or more'\)"):
+        pbjax.select_backend(dataclasses.replace(PROBLEM, k=100))
+
+
+def test_argument_before_context_before_environment(monkeypatch, spy):
+    def name_and_reason(argument=None):
+        selection = pbjax.select_backend(PROBLEM, argument)
+        return selection.name, selection.reason
+
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert name_and_reason() == ("reference", "chosen by the environment variable PBJAX_BACKEND")
+    with pbjax.use_backend("xla"):
+        assert name_and_reason() == ("xla", "chosen by `pbjax.use_backend`")
+        assert name_and_reason("spy") == ("spy", "chosen by the argument `backend`")
+        with pbjax.use_backend("spy"):
+            assert name_and_reason()[0] == "spy"
+        with pbjax.use_backend(None):
+            assert name_and_reason()[0] == "reference"
+        assert name_and_reason()[0] == "xla"
+    monkeypatch.setenv(VARIABLE, "")
+    assert name_and_reason()[0] == "spy"
+
+
+def test_context_is_left_by_an_error():
+    with pytest.raises(ZeroDivisionError), pbjax.use_backend("reference"):
+        raise ZeroDivisionError
+    assert pbjax.select_backend(PROBLEM).name == "xla"
+
+
+def test_context_is_part_of_the_key_of_jit(spy):
+    """A function jitted and called outside is traced again inside, and not once more outside."""
+    f = jax.jit(lambda x, w: pbjax.matmul(x, w))  # a function of its own: jit's cache belongs to the function
+    x, w = jax.random.normal(jax.random.key(1), (2, 40)), weight()
+    with pbjax.use_backend("xla"):
+        expected = f(x, w)
+    assert not spy
+    with pbjax.use_backend("spy"):
+        np.testing.assert_array_equal(f(x, w), expected)
+    num_traced = len(spy)
+    assert num_traced > 0
+    with pbjax.use_backend("xla"):
+        f(x, w)
+    with pbjax.use_backend("spy"):
+        f(x, w)
+    assert len(spy) == num_traced
+    assert f._cache_size() == 2
+
+
+def test_choice_is_settled_where_the_product_is_called(spy):
+    """Transforms may run their rules in another context: the one around the call counts."""
+    x, w = jax.random.normal(jax.random.key(1), (2, 40)), weight()
+
+    def product(x):
+        with pbjax.use_backend("spy"):
+            return pbjax.matmul(x, w)
+
+    with pbjax.use_backend("xla"):
+        y = jax.vmap(product)(x)
+        grad = jax.grad(lambda x: product(x).sum())(x)
+    assert {problem.m for problem in spy} >= {2}
+    assert y.shape == (2, 3)
+    assert np.all(np.isfinite(grad))
+
+
+@pytest.mark.parametrize("backend", _backends.BACKENDS)
+def test_every_backend_can_be_named(backend):
+    assert pbjax.select_backend(PROBLEM, backend) == pbjax.Selection(backend, "chosen by the argument `backend`")
+    with pbjax.use_backend(backend):
+        assert pbjax.select_backend(PROBLEM).name == backend

@@ -1,0 +1,110 @@
+"""What holds of the code itself: imports point one way, importing touches no device, and docstrings' examples run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import flax
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels
+import pbjax
+
+PACKAGES = {package.__name__: pathlib.Path(package.__file__).parent for package in (pbjax, pallas_kernels)}
+FILES = [(name, file) for name, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
+
+# What a package may import besides the standard library. jaxlib comes with JAX and holds MLIR, which Mosaic needs.
+ALLOWED = {
+    "pallas_kernels": {"jax", "jaxlib", "numpy", "pallas_kernels"},
+    "pbjax": {"jax", "numpy", "rich", "pallas_kernels", "pbjax"},
+}
+FLAX_FILES = {"linen.py", "nnx.py"}  # the only ones that know a module library
+
+each_file = pytest.mark.parametrize(
+    ("package", "file"), FILES, ids=[str(f.relative_to(PACKAGES[p].parent)) for p, f in FILES]
+)
+
+
+def imported_modules(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@each_file
+def test_imports_point_one_way(package, file):
+    allowed = ALLOWED[package] | ({"flax"} if file.name in FLAX_FILES else set())
+    modules = set(imported_modules(file.read_text()))
+    assert {name.split(".")[0] for name in modules} - sys.stdlib_module_names <= allowed
+    if file.name != "_compat.py":
+        assert not any(name.startswith("jax._src") for name in modules)
+        assert "jax._src" not in file.read_text()
+
+
+@each_file
+def test_versions_are_read_in_one_place(package, file):
+    if file.name != "_compat.py":
+        assert "__version" not in file.read_text()
+
+
+def test_the_walk_finds_imports():
+    source = "import jax._src.core\nfrom flax import linen\ndef f():\n    import os.path as p"
+    assert set(imported_modules(source)) == {"jax._src.core", "flax", "flax.linen", "os.path"}
+    assert len(FILES) > 10
+
+
+def test_import_touches_no_device():
+    """Neither a backend nor a device exists after `import pbjax`; asking for one then shows that the check can fail."""
+    code = """
+import pbjax, pallas_kernels
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+assert "flax" not in __import__("sys").modules
+import flax
+import jax
+jax.devices()
+assert xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def modules():
+    for name, folder in PACKAGES.items():
+        for info in pkgutil.walk_packages([str(folder)], f"{name}."):
+            yield info.name
+
+
+@pytest.mark.parametrize("name", ["pbjax", *modules()])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for test in doctest.DocTestFinder().find(module, globs={"flax": flax, "jax": jax, "jnp": jnp, "pbjax": pbjax}):
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_public_functions_have_examples():
+    for function in (pbjax.quantize, pbjax.with_bitlayers, pbjax.matmul, pbjax.quantized, pbjax.select_backend):
+        assert doctest.DocTestFinder().find(function, globs={})[0].examples, function.__name__
+
+
+def test_public_names_are_documented_and_typed():
+    public = {name: value for name, value in vars(pbjax).items() if not name.startswith("_")}
+    for name, value in public.items():
+        if callable(value):
+            assert value.__doc__, name
+            assert not (value.__doc__.startswith(f"{name}(")), f"{name} has only the signature that dataclass writes"
+    for folder in PACKAGES.values():
+        assert (folder / "py.typed").is_file()
