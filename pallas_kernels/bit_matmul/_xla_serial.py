@@ -23,7 +23,6 @@ from pallas_kernels.bit_matmul import contract, limbs
 # Words unrolled in one element-wise expression: 8 to 32 run equally fast, 4 pay for the accumulators and more than 32
 # only for compilation [measured, one row of 4096 x 4096].
 _BLOCK_WORDS = 16
-_MAX_GROUP_BLOCK_WORDS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ def limb_sums(
       limb that has not begun holds what it holds after its first bitlayer.
     """
     codes = codes[:, span.start * contract.WORD_BITS : span.stop * contract.WORD_BITS]
-    blocks = _cut(span, _pack(codes, problem.fixed_point_bits))
+    blocks = cut(span, _pack(codes, problem.fixed_point_bits), _BLOCK_WORDS)
     row_sums = _row_sums(problem, span, codes)
     parts = []
     for first, last in problem.code_limbs:
@@ -72,7 +71,7 @@ def limb_sums(
 def _accumulate(
     problem: contract.Problem,
     span: Span,
-    blocks: _Blocks,
+    blocks: Blocks,
     words: jax.Array,
     row_sums: jax.Array,
     bitlayers: jax.Array,
@@ -110,7 +109,7 @@ def _accumulate(
     return running if sweep else finish(acc, jnp.clip(bitlayers - first, 0, last - first))
 
 
-def _bitlayer_sums(problem: contract.Problem, blocks: _Blocks, words: jax.Array, i: jax.Array) -> list[jax.Array]:
+def _bitlayer_sums(problem: contract.Problem, blocks: Blocks, words: jax.Array, i: jax.Array) -> list[jax.Array]:
     """sum_k q_a * bit_i for each limb a, most significant first. int32[blocks, m, n] each."""
     block = [blocks.read(words, i, w) for w in range(blocks.packed.shape[1])]
     sums = []
@@ -127,25 +126,25 @@ def _bitlayer_sums(problem: contract.Problem, blocks: _Blocks, words: jax.Array,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Blocks:
+class Blocks:
     """A span cut into blocks of equal length, each inside one segment."""
 
     read: Callable[[jax.Array, jax.Array, int], jax.Array]  # (words, i, w): word w of each block, uint32[blocks, 1, n]
-    packed: jax.Array  # the activations: uint32[activation bits, words per block, blocks, m, 1]
+    packed: jax.Array  # the activations: number[.., words per block, blocks, m, 1], here uint32[activation bits, ..]
 
 
-def _cut(span: Span, packed: jax.Array) -> _Blocks:
-    """packed: uint32[m, activation bits, words of the span]."""
-    return _cut_segment(span, packed) if span.num_segments == 1 else _cut_segments(span, packed)
+def cut(span: Span, packed: jax.Array, block_words: int) -> Blocks:
+    """packed: number[m, .., words of the span]; block_words: about as many words to a block."""
+    return (_cut_segment if span.num_segments == 1 else _cut_segments)(span, packed, block_words)
 
 
-def _cut_segment(span: Span, packed: jax.Array) -> _Blocks:
+def _cut_segment(span: Span, packed: jax.Array, block_words: int) -> Blocks:
     """Block g holds the words g, g + blocks, ..: so any number of words is read in place.
 
     The last slice may reach back over words that are already counted, for which its activations are zero.
     """
     num_words = span.stop - span.start
-    num_blocks = -(-num_words // _BLOCK_WORDS)
+    num_blocks = -(-num_words // block_words)
     block_words = -(-num_words // num_blocks)
     before_last = (block_words - 1) * num_blocks
 
@@ -156,14 +155,14 @@ def _cut_segment(span: Span, packed: jax.Array) -> _Blocks:
     counted = ((0, 0), (0, 0), (block_words * num_blocks - num_words, 0))
     packed = jnp.concatenate([packed[..., :before_last], jnp.pad(packed[..., before_last:], counted)], axis=-1)
     packed = packed.reshape(*packed.shape[:2], block_words, num_blocks)
-    return _Blocks(read=read, packed=_keep(jnp.transpose(packed, (1, 2, 3, 0))[..., None]))
+    return Blocks(read=read, packed=_keep(jnp.transpose(packed, (1, 2, 3, 0))[..., None]))
 
 
-def _cut_segments(span: Span, packed: jax.Array) -> _Blocks:
-    """Blocks are runs of words, of a length that divides a segment."""
+def _cut_segments(span: Span, packed: jax.Array, block_words: int) -> Blocks:
+    """Blocks are runs of words, of a length that divides a segment and is at most twice what is asked for."""
     num_words = span.stop - span.start
     missing = -num_words % span.segment
-    block_words = max(d for d in range(1, _MAX_GROUP_BLOCK_WORDS + 1) if span.segment % d == 0)
+    block_words = max(d for d in range(1, 2 * block_words + 1) if span.segment % d == 0)
     num_blocks = (num_words + missing) // block_words
 
     def read(words, i, w):
@@ -175,7 +174,7 @@ def _cut_segments(span: Span, packed: jax.Array) -> _Blocks:
         return _slice(words, (i, 0, w, 0), (1, num_blocks, 1, n)).reshape(num_blocks, 1, n)
 
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, missing))).reshape(*packed.shape[:2], num_blocks, block_words)
-    return _Blocks(read=read, packed=_keep(jnp.transpose(packed, (1, 3, 2, 0))[..., None]))
+    return Blocks(read=read, packed=_keep(jnp.transpose(packed, (1, 3, 2, 0))[..., None]))
 
 
 def _slice(array: jax.Array, start: tuple[jax.Array | int, ...], sizes: tuple[int, ...]) -> jax.Array:

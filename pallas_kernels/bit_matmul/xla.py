@@ -3,7 +3,7 @@
 Two ways, each fast where the other is not: `_xla_serial` works on the words themselves, one bitlayer and one
 activation bit at a time, so its cost grows with rows * bitlayers * activation bits; `_xla_blocks` unpacks words and
 leaves the rest to a dot, so it pays for unpacking once. Both sum the same integers, so which one runs never shows in
-a fixed-point result.
+a fixed-point result. `_xla_float` is to float rows what `_xla_serial` is to fixed point.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.bit_matmul import _xla_blocks, _xla_serial, contract, epilogue
+from pallas_kernels.bit_matmul import _xla_blocks, _xla_float, _xla_serial, contract, epilogue
 
 # rows * activation bits * bitlayers up to which the words themselves are faster. Measured at 2 to 32 rows, 8 and 16
 # activation bits, 2, 4 and 8 bitlayers, 4096 x 4096 and 1024 x 1024 (JAX 0.10.2, 2 cores, AVX-512): everywhere the two
 # ways cost the same between 384 and 512, since unpacking and a dot of few rows cost about as much at any of these.
 _SERIAL_WORK = 448
+# The same for float rows, without the activation bits: 4096 x 4096 at 2, 4 and 8 bitlayers takes 0.3, 0.35 and 0.5 of
+# the time for 1 row, 0.6, 0.7 and 0.9 for 3, 0.75, 0.8 and 1.15 for 4, and twice the time or more from 5 rows on. A
+# sweep takes 0.2 of the time of its dots for 2 rows and 0.5 for 4 [measured].
+_FLOAT_WORK = 24
+_FLOAT_ROWS = 4
 
 
 def unsupported(problem: contract.Problem) -> str | None:
@@ -36,8 +41,10 @@ def matmul(
         return jnp.zeros((problem.m, problem.n), jnp.float32)
     x = _pad(problem, x)
     operands = (x, words, scale, bitlayers)
+    if problem.activation_bits is None:
+        return _float_matmul(problem, operands)
     serial, blocks = functools.partial(_serial, problem, sweep=False), functools.partial(_xla_blocks.matmul, problem)
-    if problem.activation_bits is None or problem.m * problem.activation_bits > _SERIAL_WORK:
+    if problem.m * problem.activation_bits > _SERIAL_WORK:
         return blocks(*operands)
     if problem.m * problem.activation_bits * problem.bits <= _SERIAL_WORK:
         return serial(*operands)
@@ -54,10 +61,21 @@ def prefixes(
     x = _pad(problem, x)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
     # The words are read once for all counts, and a dot is needed for each: as above, with one bitlayer to each dot.
+    if problem.activation_bits is None and problem.m <= _FLOAT_ROWS:
+        return _xla_float.prefixes(problem, x, words, scale, limit)
     if problem.activation_bits is None or problem.m * problem.activation_bits > _SERIAL_WORK:
         return _xla_blocks.prefixes(problem, x, words, scale, limit)
     limits = jnp.full((problem.m,), limit, jnp.int32)
     return _serial(problem, x, words, scale, limits, sweep=True).reshape(problem.bits, problem.m, problem.n)
+
+
+def _float_matmul(problem: contract.Problem, operands: tuple[jax.Array, ...]) -> jax.Array:
+    fused, blocks = (functools.partial(module.matmul, problem) for module in (_xla_float, _xla_blocks))
+    if problem.m > _FLOAT_ROWS:
+        return blocks(*operands)
+    if problem.m * problem.bits <= _FLOAT_WORK:
+        return fused(*operands)
+    return lax.cond(jnp.max(operands[-1]) <= _FLOAT_WORK // problem.m, fused, blocks, *operands)
 
 
 def _pad(problem: contract.Problem, x: jax.Array) -> jax.Array:
