@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import jax
 
-from pallas_kernels.bit_matmul import reference, xla
+from pallas_kernels.bit_matmul import mosaic, reference, triton, xla
 from pallas_kernels.bit_matmul.contract import Problem, Unsupported
 
 ENVIRONMENT_VARIABLE = "PBJAX_BACKEND"
@@ -28,32 +30,49 @@ class Backend:
       unsupported: the reason why it cannot run a problem, or None.
       matmul: the product at given numbers of bitlayers.
       prefixes: the product at every number of bitlayers.
-      automatic: whether automatic choice may take it.
+      unavailable: the reason why it cannot run on the default device, or None; asked while tracing, never at import.
+      automatic: None if automatic choice may take it, or the reason why only those who name it get it.
     """
 
     name: str
     unsupported: Callable[[Problem], str | None]
     matmul: Callable[..., jax.Array]
     prefixes: Callable[..., jax.Array]
-    automatic: bool = True
+    unavailable: Callable[[], str | None] = lambda: None
+    automatic: str | None = None
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why it cannot run the problem here, or None."""
+        return self.unavailable() or self.unsupported(problem)
 
 
-def _backend(name: str, module, automatic: bool = True) -> Backend:
-    return Backend(
-        name=name,
-        unsupported=module.unsupported,
-        matmul=module.matmul,
-        prefixes=module.prefixes,
-        automatic=automatic,
-    )
+def _backend(name: str, module: ModuleType, **options: Any) -> Backend:
+    return Backend(name=name, unsupported=module.unsupported, matmul=module.matmul, prefixes=module.prefixes, **options)
 
+
+def _without_nvidia(minimum: tuple[int, int]) -> str | None:
+    """Why the default device is no NVIDIA GPU of at least this compute capability, or None."""
+    device = jax.local_devices()[0]
+    needed = f"it needs an NVIDIA GPU of compute capability {minimum[0]}.{minimum[1]} or more"
+    if device.platform != "gpu":
+        return f"{needed}, but the default device is a {device.platform}"
+    found = str(getattr(device, "compute_capability", "none"))
+    parts = found.split(".")
+    if not all(part.isdigit() for part in parts) or tuple(map(int, parts)) < minimum:
+        return f"{needed}, but the default device has {found}"
+    return None
+
+
+_UNPROVEN = "its kernels have been compiled for GPUs and emulated, but not run on one: name it to use it"
 
 # In order of preference: the automatic choice is the first that supports the problem. `xla` supports every one.
 BACKENDS = {
     backend.name: backend
     for backend in (
+        _backend("mosaic", mosaic, unavailable=lambda: _without_nvidia((9, 0)), automatic=_UNPROVEN),
+        _backend("triton", triton, unavailable=lambda: _without_nvidia((8, 0)), automatic=_UNPROVEN),
         _backend("xla", xla),
-        _backend("reference", reference, automatic=False),
+        _backend("reference", reference, automatic="it is the oracle, written to be read and not to be fast"),
     )
 }
 
@@ -104,7 +123,7 @@ def select_backend(problem: Problem, backend: str | None = None) -> Selection:
         if name is None:
             continue
         check_backend(name, source)
-        if reason := BACKENDS[name].unsupported(problem):
+        if reason := BACKENDS[name].refusal(problem):
             raise Unsupported(
                 f"backend {name!r}, chosen by {source}, cannot run {problem}: {reason}. "
                 "Choose another backend, or none for the automatic choice."
@@ -112,9 +131,7 @@ def select_backend(problem: Problem, backend: str | None = None) -> Selection:
         return Selection(name, f"chosen by {source}")
     rejected = []
     for candidate in BACKENDS.values():
-        if not candidate.automatic:
-            continue
-        if reason := candidate.unsupported(problem):
+        if reason := candidate.refusal(problem) or candidate.automatic:
             rejected.append((candidate.name, reason))
         else:
             return Selection(candidate.name, "the first in order of preference that can run it", tuple(rejected))

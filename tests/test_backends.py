@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ def spy(monkeypatch):
         name="spy",
         unsupported=lambda problem: None if problem.k < 100 else "k is 100 or more",
         matmul=matmul,
-        automatic=True,
+        automatic=None,
     )
     monkeypatch.setattr(_backends, "BACKENDS", {"spy": backend, **_backends.BACKENDS})
     return traced
@@ -47,14 +49,15 @@ def weight(k=40):
 
 def test_automatic_is_the_first_that_can():
     selection = pbjax.select_backend(PROBLEM)
-    assert selection == pbjax.Selection("xla", "the first in order of preference that can run it", ())
+    assert (selection.name, selection.reason) == ("xla", "the first in order of preference that can run it")
+    assert [name for name, _ in selection.rejected] == ["mosaic", "triton"]
 
 
 def test_last_automatic_backend_runs_everything():
     """Automatic choice cannot fail: `xla` refuses nothing. And it never takes the oracle."""
-    automatic = [backend for backend in _backends.BACKENDS.values() if backend.automatic]
+    automatic = [backend for backend in _backends.BACKENDS.values() if not backend.automatic]
     assert automatic[-1].name == "xla"
-    assert not _backends.BACKENDS["reference"].automatic
+    assert _backends.BACKENDS["reference"].automatic
     for bits, activation_bits, group_size, m in ((1, None, None, 0), (16, 24, 32, 1), (16, None, 4096, 10**6)):
         problem = pbjax.Problem(m=m, k=10**6, n=1, bits=bits, group_size=group_size, activation_bits=activation_bits)
         assert automatic[-1].unsupported(problem) is None
@@ -64,7 +67,7 @@ def test_automatic_passes_over_what_is_unsupported(spy):
     assert pbjax.select_backend(PROBLEM).name == "spy"
     selection = pbjax.select_backend(dataclasses.replace(PROBLEM, k=100))
     assert selection.name == "xla"
-    assert selection.rejected == (("spy", "k is 100 or more"),)
+    assert selection.rejected[0] == ("spy", "k is 100 or more")
 
 
 def test_explicit_choice_runs_or_raises(spy, monkeypatch):
@@ -149,7 +152,46 @@ def test_choice_is_settled_where_the_product_is_called(spy):
     assert np.all(np.isfinite(grad))
 
 
-@pytest.mark.parametrize("backend", _backends.BACKENDS)
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a machine without a GPU says")
+@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+def test_gpu_backends_are_refused_without_a_gpu(backend):
+    """Whoever names one gets the reason; the automatic choice passes it over, for the same reason."""
+    reason = r"it needs an NVIDIA GPU of compute capability \d\.0 or more, but the default device is a cpu"
+    with pytest.raises(pbjax.Unsupported, match=f"backend '{backend}', chosen by the argument `backend`, .*{reason}"):
+        pbjax.matmul(jnp.ones((2, 40)), weight(), backend=backend)
+    assert re.fullmatch(reason, dict(pbjax.select_backend(PROBLEM).rejected)[backend])
+
+
+def test_gpu_backends_wait_to_be_named(monkeypatch):
+    """What has not run on a GPU is not chosen for anybody, even where there is one."""
+    mosaic = dataclasses.replace(_backends.BACKENDS["mosaic"], unavailable=lambda: None)
+    monkeypatch.setitem(_backends.BACKENDS, "mosaic", mosaic)
+    selection = pbjax.select_backend(dataclasses.replace(PROBLEM, n=4))
+    assert selection.name == "xla"
+    assert "not run on one: name it" in dict(selection.rejected)["mosaic"]
+    assert pbjax.select_backend(dataclasses.replace(PROBLEM, n=4), "mosaic").name == "mosaic"
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (SimpleNamespace(platform="gpu", compute_capability="9.0"), None),
+        (SimpleNamespace(platform="gpu", compute_capability="10.0"), None),
+        (
+            SimpleNamespace(platform="gpu", compute_capability="8.9"),
+            "needs .* 9.0 or more, but the default device has 8.9",
+        ),
+        (SimpleNamespace(platform="gpu", compute_capability="gfx90a"), "but the default device has gfx90a"),
+        (SimpleNamespace(platform="tpu"), "but the default device is a tpu"),
+    ],
+)
+def test_devices(monkeypatch, device, reason):
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    found = _backends.BACKENDS["mosaic"].unavailable()
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.parametrize("backend", [name for name, b in _backends.BACKENDS.items() if b.unavailable() is None])
 def test_every_backend_can_be_named(backend):
     assert pbjax.select_backend(PROBLEM, backend) == pbjax.Selection(backend, "chosen by the argument `backend`")
     with pbjax.use_backend(backend):

@@ -139,7 +139,7 @@ MATMUL = {
     "unknown backend": (
         lambda: pbjax.matmul(X, W, backend="cuda"),
         ValueError,
-        r"`backend` must be one of xla, .*but got 'cuda' from the argument `backend`\.",
+        r"`backend` must be one of mosaic, triton, xla, .*but got 'cuda' from the argument `backend`\.",
     ),
 }
 
@@ -147,7 +147,7 @@ BACKENDS = {
     "argument": (
         lambda: pbjax.select_backend(PROBLEM, "numpy"),
         ValueError,
-        r"`backend` must be one of xla, .*reference, but got 'numpy' from the argument `backend`\.",
+        r"`backend` must be one of mosaic, triton, xla, .*reference, but got 'numpy' from the argument `backend`\.",
     ),
     "empty argument": (
         lambda: pbjax.select_backend(PROBLEM, ""),

@@ -78,11 +78,26 @@ FLOAT_CASES = (
     Case(bits=2, bitlayers=2, m=0, k=40, n=3, activation_bits=None),
 )
 
-each_backend = pytest.mark.parametrize("backend", _backends.BACKENDS)
+
+def backends(names):
+    """Those that cannot run here are skipped, with their reason."""
+    reasons = {name: _backends.BACKENDS[name].unavailable() for name in names}
+    return pytest.mark.parametrize(
+        "backend",
+        [
+            pytest.param(name, marks=pytest.mark.skipif(why is not None, reason=f"{name}: {why}"))
+            for name, why in reasons.items()
+        ],
+    )
+
+
+each_backend = backends(_backends.BACKENDS)
 
 
 @functools.cache
 def compiled(backend, problem):
+    if reason := _backends.BACKENDS[backend].unsupported(problem):
+        pytest.skip(f"{backend}: {reason}")
     return jax.jit(functools.partial(_backends.BACKENDS[backend].matmul, problem))
 
 
@@ -214,7 +229,7 @@ def test_float_activations(case, backend):
         assert np.all(np.abs(y[row] - value) <= oracle.gamma(case.k + case.bits + problem.groups + 4) * magnitude)
 
 
-@pytest.mark.parametrize("backend", [name for name in _backends.BACKENDS if name != "reference"])
+@backends([name for name in _backends.BACKENDS if name != "reference"])
 @pytest.mark.parametrize(
     "case",
     [

@@ -1,0 +1,196 @@
+"""The Triton kernels: their bits are those of the reference, as JAX operations, and they lower for a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.bit_matmul import contract, reference, triton
+from tests import oracle
+
+# JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+# What JAX 0.11 and later lower for where there is no GPU.
+H200 = jax.sharding.AbstractMesh(
+    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+)
+
+K_OF_TWO_SEGMENTS = contract.MAX_EXACT_K + 40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    m: int
+    k: int
+    n: int
+    bits: int
+    activation_bits: int | None = None
+    group_size: int | None = None
+    cut: dict[str, int] | None = None  # instead of what `config_for` would choose
+
+    @property
+    def problem(self) -> contract.Problem:
+        return contract.Problem(
+            m=self.m,
+            k=self.k,
+            n=self.n,
+            bits=self.bits,
+            group_size=self.group_size,
+            activation_bits=self.activation_bits,
+        )
+
+    @property
+    def config(self) -> triton.Config | triton.DotConfig:
+        return dataclasses.replace(triton.config_for(self.problem), **(self.cut or {}))
+
+
+FIXED_POINT = {
+    "one_of_everything": Case(m=1, k=1, n=1, bits=1, activation_bits=2),
+    "k_one_below_a_word": Case(m=1, k=31, n=5, bits=3, activation_bits=8),
+    "k_one_past_a_word": Case(m=1, k=33, n=4, bits=8, activation_bits=3),
+    "n_past_a_block": Case(m=1, k=128, n=130, bits=2, activation_bits=4),
+    "rows_past_a_block": Case(m=3, k=140, n=8, bits=4, activation_bits=6),
+    "two_code_limbs": Case(m=2, k=40, n=3, bits=16, activation_bits=7),
+    "sign_alone_in_its_limb": Case(m=1, k=128, n=3, bits=9, activation_bits=9),
+    "three_activation_limbs": Case(m=1, k=200, n=4, bits=2, activation_bits=24),
+    "groups_of_a_word": Case(m=2, k=96, n=3, bits=4, activation_bits=5, group_size=32),
+    "short_last_group": Case(m=2, k=230, n=3, bits=5, activation_bits=8, group_size=96),
+    "many_blocks": Case(m=3, k=32 * 21, n=5, bits=3, activation_bits=4, cut={"num_blocks": 3}),
+    "two_words_at_a_time": Case(
+        m=1, k=32 * 9, n=5, bits=10, activation_bits=4, cut={"block_words": 2, "num_blocks": 2}
+    ),
+    "eight_words_at_a_time": Case(m=1, k=32 * 17, n=5, bits=2, activation_bits=3, cut={"block_words": 8}),
+    "two_segments": Case(m=1, k=K_OF_TWO_SEGMENTS, n=2, bits=2, activation_bits=3),
+    "segments_inside_groups": Case(
+        m=1, k=2 * K_OF_TWO_SEGMENTS, n=2, bits=1, activation_bits=2, group_size=K_OF_TWO_SEGMENTS + 24
+    ),
+}
+
+
+def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Every value of a code and garbage past k; all counts of bitlayers as far as there are rows."""
+    rng = np.random.default_rng(case.k)
+    problem = case.problem
+    words = rng.integers(0, 2**32, (case.bits, problem.num_words, case.n), dtype=np.uint32)
+    scale = rng.normal(size=(min(case.bits, contract.NUM_SCALES), problem.groups, case.n)).astype(np.float32)
+    bitlayers = case.bits - np.arange(case.m) % case.bits
+    x = oracle.activation_codes(rng, case.activation_bits or 8, case.m, case.k)
+    return jnp.asarray(x), jnp.asarray(words), jnp.asarray(scale), jnp.asarray(bitlayers, jnp.int32)
+
+
+@pytest.mark.parametrize("case", FIXED_POINT.values(), ids=FIXED_POINT)
+def test_fixed_point_has_the_bits_of_the_reference(case):
+    assert triton.unsupported(case.problem) is None
+    args = operands(case)
+    product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config, interpret=True))
+    np.testing.assert_array_equal(product(*args), reference.matmul(case.problem, *args))
+
+
+@pytest.mark.parametrize("case", [FIXED_POINT[name] for name in ("rows_past_a_block", "two_words_at_a_time")])
+def test_all_prefixes_have_the_bits_of_the_reference(case):
+    """What lies beyond the limit is not looked at."""
+    *args, _ = operands(case)
+    sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, config=case.config, interpret=True))
+    expected = reference.prefixes(case.problem, *args, jnp.int32(case.bits))
+    for limit in (0, 1, case.bits - 1, case.bits):
+        np.testing.assert_array_equal(sweep(*args, jnp.int32(limit))[:limit], expected[:limit])
+
+
+def test_largest_sums_do_not_overflow():
+    """All codes at their top, all activations at their lowest, k as large as int32 allows in one segment."""
+    case = Case(m=1, k=contract.MAX_EXACT_K, n=1, bits=8, activation_bits=8)
+    x = jnp.full((1, case.k), -128, jnp.int32)
+    words = jnp.full((8, case.problem.num_words, 1), 0xFFFFFFFF, jnp.uint32)
+    args = (x, words, jnp.ones((4, 1, 1), jnp.float32), jnp.array([8], jnp.int32))
+    y = jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(*args)
+    assert y[0, 0] == np.float32(-128 * 255 * case.k) * np.float32(2.0 ** -(8 + 8 - 2))
+
+
+FLOAT = {
+    "one_row": Case(m=1, k=70, n=3, bits=2),
+    "two_code_limbs": Case(m=3, k=40, n=5, bits=11),
+    "rows_past_a_block": Case(m=70, k=33, n=66, bits=3),
+    "short_last_group": Case(m=3, k=1300, n=4, bits=5, group_size=512, cut={"num_blocks": 1}),
+    "many_blocks": Case(m=2, k=32 * 16 * 3, n=4, bits=4, cut={"num_blocks": 2}),
+}
+
+
+def float_operands(case: Case, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    _, *rest = operands(case)
+    return jax.random.normal(jax.random.key(case.k), (case.m, case.k), dtype), *rest
+
+
+def assert_close(case: Case, y: jax.Array, x: jax.Array, words: jax.Array, scale: jax.Array, bitlayers: jax.Array):
+    """Each sum of k terms rounds at most k times and a few more, in whatever order; so does the reference."""
+    expected = reference.matmul(case.problem, x, words, scale, bitlayers)
+    bound = np.abs(np.asarray(x, np.float32)).sum(axis=1)[:, None] * np.abs(scale).max(axis=(0, 1))[None]
+    terms = 3 * case.problem.num_words * contract.WORD_BITS + 10 * case.problem.groups  # three parts of an activation
+    assert np.all(np.abs(y - expected) <= 2 * oracle.gamma(terms) * bound)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(name, jnp.float32) for name in FLOAT] + [("two_code_limbs", jnp.bfloat16), ("two_code_limbs", jnp.float16)],
+)
+def test_float_activations(case, dtype):
+    case = FLOAT[case]
+    assert triton.unsupported(case.problem) is None
+    args = float_operands(case, dtype)
+    product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config, interpret=True))
+    assert_close(case, product(*args), *args)
+
+
+def test_all_prefixes_of_float_activations():
+    case = FLOAT["two_code_limbs"]
+    x, words, scale, _ = float_operands(case, jnp.float32)
+    sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, interpret=True))(x, words, scale, jnp.int32(9))
+    for i in range(9):
+        assert_close(case, sweep[i], x, words, scale, jnp.full((case.m,), i + 1, jnp.int32))
+
+
+def test_nan_stays_in_its_row():
+    case = FLOAT["two_code_limbs"]
+    x, *rest = float_operands(case, jnp.float32)
+    y = triton.matmul(case.problem, x.at[1, 2].set(jnp.nan), *rest, interpret=True)
+    np.testing.assert_array_equal(np.isnan(y), np.repeat([[False], [True], [False]], case.n, axis=1))
+
+
+def test_unsupported():
+    problem = Case(m=1, k=256, n=3, bits=4, group_size=128).problem
+    assert triton.unsupported(dataclasses.replace(problem, activation_bits=8)) is None
+    assert "at least 512 weights here, but has 128" in triton.unsupported(problem)
+    many_rows = dataclasses.replace(problem, activation_bits=16, m=10**6)
+    assert "more than 536870912" in triton.unsupported(dataclasses.replace(many_rows, n=4096))
+    assert "k is 0" in triton.unsupported(dataclasses.replace(problem, k=0))
+
+
+def test_configuration_of_another_kernel():
+    case = FIXED_POINT["one_of_everything"]
+    config = triton.config_for(FLOAT["one_row"].problem)
+    with pytest.raises(TypeError, match=r"`config` must be of the type that `config_for` returns"):
+        triton.matmul(case.problem, *operands(case), config=config)
+
+
+def test_nothing_to_multiply():
+    problem = Case(m=0, k=40, n=3, bits=4, activation_bits=8).problem
+    args = (jnp.zeros((0, 40), jnp.int32), jnp.zeros((4, 2, 3), jnp.uint32), jnp.ones((4, 1, 3), jnp.float32))
+    assert triton.matmul(problem, *args, jnp.zeros((0,), jnp.int32)).shape == (0, 3)
+    assert triton.prefixes(problem, *args, jnp.int32(4)).shape == (4, 0, 3)
+
+
+@pytest.mark.parametrize(
+    "case", [*FIXED_POINT.values(), *FLOAT.values()], ids=[*FIXED_POINT, *(f"float_{name}" for name in FLOAT)]
+)
+def test_lowers_for_cuda(case):
+    """Without a GPU: what Triton's dialect cannot express fails here, not on the user's machine."""
+    *args, bitlayers = operands(case) if case.activation_bits else float_operands(case, jnp.float32)
+    product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config))
+    sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, config=case.config))
+    with jax.sharding.use_abstract_mesh(H200):
+        for traced in (product.trace(*args, bitlayers), sweep.trace(*args, bitlayers[0])):
+            assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
