@@ -37,7 +37,8 @@ def matmul(
     NaN or an infinity gives NaN in that row and no other. Rows whose magnitudes all lie below 2**-100 keep the step of
     2**-100, and so lose precision.
 
-    `vmap` over `x` or the number of bitlayers costs no loop: a sweep over all numbers of bitlayers is one pass.
+    `vmap` over `x` or the number of bitlayers costs no loop: a sweep over all numbers of bitlayers reads the words
+    once (with many rows it still takes a product for each number: they differ in their operands).
     The reverse-mode derivative goes through the dequantized weight, with respect to `x` and to `w.scale`.
 
     Args:

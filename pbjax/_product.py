@@ -101,14 +101,17 @@ def _per_row(value: jax.Array, rank: int) -> jax.Array:
 @functools.cache
 def _batched(config: _Config) -> tuple[Product, Product]:
     """The product at given counts and at every count up to a limit, with their rules for `vmap`."""
+    # Jitted, so that a call outside of jit compiles one program and not every operation by itself.
+    run_matmul = jax.jit(functools.partial(_run, config, prefixes=False))
+    run_prefixes = jax.jit(functools.partial(_run, config, prefixes=True))
 
     @custom_vmap
     def matmul(x, words, scale, bitlayers):
-        return _run(config, x, words, scale, bitlayers, prefixes=False)
+        return run_matmul(x, words, scale, bitlayers)
 
     @custom_vmap
     def prefixes(x, words, scale, limit):
-        return _run(config, x, words, scale, limit, prefixes=True)
+        return run_prefixes(x, words, scale, limit)
 
     @matmul.def_vmap
     def matmul_rule(axis_size, in_batched, x, words, scale, bitlayers):
@@ -203,3 +206,9 @@ def _gradient_of_scale(config: _Config, x, words, scale, bitlayers, g) -> jax.Ar
         return jnp.where(row[:, None, None], _format.group_sum(per_k, config.group_size)[None], 0)
 
     return _sum_over_counts(bits, bitlayers, term, jnp.zeros_like(scale))
+
+
+def forget() -> None:
+    """Drops every product that was traced, for tests that replace a backend."""
+    _batched.cache_clear()
+    _differentiable.cache_clear()

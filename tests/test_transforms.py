@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import pbjax
-from pbjax import _backends
+from pbjax import _backends, _product
 from tests import oracle
 
 BITS, K, N = 6, 70, 3
@@ -50,6 +50,7 @@ matmul = jax.jit(pbjax.matmul, static_argnames=("activation_bits", "backend"))
 def passes(monkeypatch):
     """Products run on a backend that counts: appends (matmul or prefixes, rows) for each pass over the words."""
     done = []
+    _product.forget()  # what was traced with another counter
     reference = _backends.BACKENDS["reference"]
 
     def counted(kind):
