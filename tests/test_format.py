@@ -171,7 +171,8 @@ def test_dequantized_weight_is_scale_times_the_centre(k):
 def gaussian_errors(clip_bits=None):
     """Relative RMS error at 1 to 8 bitlayers of a Gaussian weight, scaled per channel.
 
-    It grows with k, as the largest of k values does (2 bitlayers: 0.45 at k = 1024, 0.48 at 4096). DESIGN's is 2048.
+    It grows with k, as the largest of k values does (2 bitlayers: 0.45 at k = 1024, 0.48 at 4096).
+    The bounds below are for 2048.
     """
     weight = gaussian(2048, 64)
     words, scale = quantize(weight, 8, None, clip_bits)
@@ -180,7 +181,7 @@ def gaussian_errors(clip_bits=None):
 
 
 def test_error_of_gaussian_weights():
-    """The errors that DESIGN.md section 3 gives, to their two digits."""
+    """The errors that the format was chosen for, to their two digits."""
     for bitlayers, expected in {1: 0.60, 2: 0.46, 3: 0.25, 4: 0.13, 8: 0.0082}.items():
         assert float(f"{gaussian_errors()[bitlayers - 1]:.2g}") <= expected, bitlayers
     assert np.all(np.diff(gaussian_errors()) < 0)

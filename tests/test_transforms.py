@@ -26,12 +26,14 @@ def normal(*shape, seed=0):
 
 
 @functools.cache
+@jax.ensure_compile_time_eval()  # the first call may be inside a trace, whose values must not be kept
 def weight(activation_bits=16, group_size=32):
     kernel = {"kernel": normal(K, N, seed=9)}
     return pbjax.quantize(kernel, BITS, group_size=group_size, activation_bits=activation_bits)["kernel"]
 
 
 @functools.cache
+@jax.ensure_compile_time_eval()
 def stack():
     """Four layers with 1, 3, 4 and 6 bitlayers in use."""
     rules = {"kernel": pbjax.Spec(stack=(0,), group_size=32)}
