@@ -175,7 +175,10 @@ def unpack_array(tensor: BitTensor) -> jax.Array:
 
 def clip_bitlayers(bitlayers: jax.Array, bits: int) -> jax.Array:
     """Brings a run-time number of bitlayers into 1..bits; a traced value cannot raise."""
-    return jnp.clip(jnp.asarray(bitlayers), 1, bits).astype(jnp.int32)
+    bitlayers = jnp.asarray(bitlayers)
+    if bitlayers.dtype.itemsize < 4:  # `bits` may be no value of a narrow type; a wide one is clipped before it is cut
+        bitlayers = bitlayers.astype(jnp.int32)
+    return jnp.clip(bitlayers, 1, bits).astype(jnp.int32)
 
 
 def check_bitlayers(bitlayers: Any, bits: int, where: str) -> None:

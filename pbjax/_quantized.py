@@ -53,7 +53,8 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
             listing = ", ".join(f"{entry.path} ({entry.primitive})" for entry in dequantized)
             warnings.warn(
                 f"{getattr(fn, '__name__', 'the function')} runs these weights as floats, because the operation in "
-                f"brackets has no form on bitlayers: {listing}.",
+                f"brackets has no form on bitlayers, at least not as the weight is packed: {listing}. "
+                "`pbjax.quantize` with `fn` and `args` packs each weight for its use.",
                 DequantizedWarning,
                 stacklevel=2,
             )
