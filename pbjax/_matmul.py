@@ -37,8 +37,8 @@ def matmul(
     NaN or an infinity gives NaN in that row and no other. Rows whose magnitudes all lie below 2**-100 keep the step of
     2**-100, and so lose precision.
 
-    `vmap` over `x` or the number of bitlayers costs no loop: a sweep over all numbers of bitlayers reads the words
-    once (with many rows it still takes a product for each number: they differ in their operands).
+    `vmap` over `x` or the number of bitlayers folds into rows: with few rows a sweep over all numbers of bitlayers
+    is one pass over the words, with many it takes a product for each number.
     The reverse-mode derivative goes through the dequantized weight, with respect to `x` and to `w.scale`.
 
     Args:

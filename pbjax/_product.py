@@ -26,7 +26,7 @@ Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 class _Config:
     """What is static about a product beyond the shapes of its operands."""
 
-    backend: str
+    backend: _backends.Backend
     group_size: int | None
     activation_bits: int | None
 
@@ -57,8 +57,8 @@ def product(
     """
     problem = _problem(x, words, group_size, activation_bits)
     # The backend is settled here, in the caller's context: the rules below may run in another one.
-    name = _backends.select_backend(problem, backend).name
-    config = _Config(backend=name, group_size=group_size, activation_bits=activation_bits)
+    selected = _backends.BACKENDS[_backends.select_backend(problem, backend).name]
+    config = _Config(backend=selected, group_size=group_size, activation_bits=activation_bits)
     return _differentiable(config)(x, words, scale, bitlayers)
 
 
@@ -77,8 +77,7 @@ def _run(
     config: _Config, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array, *, prefixes: bool
 ) -> jax.Array:
     """Prepares the activations, runs the backend, and applies what belongs to each row."""
-    backend = _backends.BACKENDS[config.backend]
-    run = backend.prefixes if prefixes else backend.matmul
+    run = config.backend.prefixes if prefixes else config.backend.matmul
     problem = _problem(x, words, config.group_size, config.activation_bits)
     if config.activation_bits is None:
         x, _, finite = activations.finite_rows(x)
@@ -206,9 +205,3 @@ def _gradient_of_scale(config: _Config, x, words, scale, bitlayers, g) -> jax.Ar
         return jnp.where(row[:, None, None], _format.group_sum(per_k, config.group_size)[None], 0)
 
     return _sum_over_counts(bits, bitlayers, term, jnp.zeros_like(scale))
-
-
-def forget() -> None:
-    """Drops every product that was traced, for tests that replace a backend."""
-    _batched.cache_clear()
-    _differentiable.cache_clear()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pbjax
-from pbjax import _backends, _product
+from pbjax import _backends
 
 PROBLEM = pbjax.Problem(m=2, k=40, n=3, bits=4, group_size=None, activation_bits=8)
 VARIABLE = _backends.ENVIRONMENT_VARIABLE
@@ -27,7 +27,6 @@ def _no_environment(monkeypatch):
 def spy(monkeypatch):
     """A backend named `spy`, first in order of preference, that runs anything with k < 100; appends what it traces."""
     traced = []
-    _product.forget()  # what was traced with another spy
 
     def matmul(problem, *operands):
         traced.append(problem)

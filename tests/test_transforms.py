@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import pbjax
-from pbjax import _backends, _product
+from pbjax import _backends
 from tests import oracle
 
 BITS, K, N = 6, 70, 3
@@ -52,7 +52,6 @@ matmul = jax.jit(pbjax.matmul, static_argnames=("activation_bits", "backend"))
 def passes(monkeypatch):
     """Products run on a backend that counts: appends (matmul or prefixes, rows) for each pass over the words."""
     done = []
-    _product.forget()  # what was traced with another counter
     reference = _backends.BACKENDS["reference"]
 
     def counted(kind):
