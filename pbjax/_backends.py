@@ -1,15 +1,17 @@
 """Which backend runs a product: one registry, one predicate per backend, and a choice that can be asked for reasons.
 
 An explicit choice (argument, then `use_backend`, then the environment variable PBJAX_BACKEND) runs or raises;
-only the automatic choice passes over a backend that cannot.
+only the automatic choice passes over a backend that cannot. It is made for each platform that a product may be lowered
+for, and taken when it is lowered: where the operands lie, or the platforms of an export, may not be known before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +32,8 @@ class Backend:
       unsupported: the reason why it cannot run a problem, or None.
       matmul: the product at given numbers of bitlayers.
       prefixes: the product at every number of bitlayers.
-      unavailable: the reason why it cannot run on the default device, or None; asked while tracing, never at import.
+      missing: what it lacks here to run on one of its platforms, or None; asked while tracing, never at import.
+      platforms: those it is made for, as JAX names what it lowers for ("cpu", "cuda", ..); None for all.
       automatic: None if automatic choice may take it, or the reason why only those who name it get it.
     """
 
@@ -38,28 +41,44 @@ class Backend:
     unsupported: Callable[[Problem], str | None]
     matmul: Callable[..., jax.Array]
     prefixes: Callable[..., jax.Array]
-    unavailable: Callable[[], str | None] = lambda: None
+    missing: Callable[[str], str | None] = lambda platform: None
+    platforms: tuple[str, ...] | None = None
     automatic: str | None = None
 
-    def refusal(self, problem: Problem) -> str | None:
-        """Why it cannot run the problem here, or None."""
-        return self.unavailable() or self.unsupported(problem)
+    def unavailable(self, platform: str) -> str | None:
+        """Why it cannot run anything here on a platform, or None."""
+        if self.platforms is not None and platform not in self.platforms:
+            return f"it runs on {' and '.join(self.platforms)}, but the platform is {platform}"
+        return self.missing(platform)
+
+    def refusal(self, problem: Problem, platform: str) -> str | None:
+        """Why it cannot run the problem here on a platform, or None."""
+        return self.unavailable(platform) or self.unsupported(problem)
 
 
 def _backend(name: str, module: ModuleType, **options: Any) -> Backend:
     return Backend(name=name, unsupported=module.unsupported, matmul=module.matmul, prefixes=module.prefixes, **options)
 
 
-def _without_nvidia(minimum: tuple[int, int]) -> str | None:
-    """Why the default device is no NVIDIA GPU of at least this compute capability, or None."""
-    device = jax.local_devices()[0]
+def default_platform() -> str:
+    """The platform that JAX lowers for where nothing says otherwise."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue] dynamic
+    if isinstance(device, str) or device.platform != "gpu":
+        return str(getattr(device, "platform", device))
+    return "rocm" if "gfx" in str(getattr(device, "compute_capability", "")) else "cuda"
+
+
+def _without_nvidia(minimum: tuple[int, int], platform: str) -> str | None:
+    """Why there is no NVIDIA GPU of at least this compute capability, or None."""
     needed = f"it needs an NVIDIA GPU of compute capability {minimum[0]}.{minimum[1]} or more"
-    if device.platform != "gpu":
-        return f"{needed}, but the default device is a {device.platform}"
+    try:
+        device = jax.local_devices(backend=platform)[0]
+    except RuntimeError:
+        return f"{needed}, but there is no GPU"
     found = str(getattr(device, "compute_capability", "none"))
     parts = found.split(".")
     if not all(part.isdigit() for part in parts) or tuple(map(int, parts)) < minimum:
-        return f"{needed}, but the default device has {found}"
+        return f"{needed}, but the device has {found}"
     return None
 
 
@@ -69,8 +88,20 @@ _UNPROVEN = "its kernels have been compiled for GPUs and emulated, but not run o
 BACKENDS = {
     backend.name: backend
     for backend in (
-        _backend("mosaic", mosaic, unavailable=lambda: _without_nvidia((9, 0)), automatic=_UNPROVEN),
-        _backend("triton", triton, unavailable=lambda: _without_nvidia((8, 0)), automatic=_UNPROVEN),
+        _backend(
+            "mosaic",
+            mosaic,
+            missing=functools.partial(_without_nvidia, (9, 0)),
+            platforms=("cuda",),
+            automatic=_UNPROVEN,
+        ),
+        _backend(
+            "triton",
+            triton,
+            missing=functools.partial(_without_nvidia, (8, 0)),
+            platforms=("cuda",),
+            automatic=_UNPROVEN,
+        ),
         _backend("xla", xla),
         _backend("reference", reference, automatic="it is the oracle, written to be read and not to be fast"),
     )
@@ -95,13 +126,15 @@ class Selection:
     rejected: tuple[tuple[str, str], ...] = ()
 
 
-def select_backend(problem: Problem, backend: str | None = None) -> Selection:
+def select_backend(problem: Problem, backend: str | None = None, *, platform: str | None = None) -> Selection:
     """The backend that `pbjax.matmul` runs a problem on, and why.
 
     Args:
       problem: the static facts of the product.
       backend: the `backend` argument of the product; None asks the context, the environment, and then the
         problem itself.
+      platform: where it is to run, as JAX names the platforms it lowers for: "cpu", "cuda", "rocm", "tpu"; None is
+        that of the default device.
 
     Returns:
       Name, reason, and what was rejected and why.
@@ -115,27 +148,64 @@ def select_backend(problem: Problem, backend: str | None = None) -> Selection:
       >>> pbjax.select_backend(problem).name
       'xla'
     """
+    platform = platform or default_platform()
+    named = _named(backend)
+    if named is None:
+        return _select_automatic(problem, platform, BACKENDS.values())
+    name, source = named
+    if reason := BACKENDS[name].refusal(problem, platform):
+        raise Unsupported(
+            f"backend {name!r}, chosen by {source}, cannot run {problem}: {reason}. "
+            "Choose another backend, or none for the automatic choice."
+        )
+    return Selection(name, f"chosen by {source}")
+
+
+def _named(backend: str | None) -> tuple[str, str] | None:
+    """The backend chosen explicitly and by what, or None."""
     for name, source in (
         (backend, "the argument `backend`"),
         (_context.value, "`pbjax.use_backend`"),
         (os.environ.get(ENVIRONMENT_VARIABLE) or None, f"the environment variable {ENVIRONMENT_VARIABLE}"),
     ):
-        if name is None:
-            continue
-        check_backend(name, source)
-        if reason := BACKENDS[name].refusal(problem):
-            raise Unsupported(
-                f"backend {name!r}, chosen by {source}, cannot run {problem}: {reason}. "
-                "Choose another backend, or none for the automatic choice."
-            )
-        return Selection(name, f"chosen by {source}")
+        if name is not None:
+            check_backend(name, source)
+            return name, source
+    return None
+
+
+def _select_automatic(problem: Problem, platform: str, candidates: Iterable[Backend]) -> Selection:
     rejected = []
-    for candidate in BACKENDS.values():
-        if reason := candidate.refusal(problem) or candidate.automatic:
+    for candidate in candidates:
+        if reason := candidate.refusal(problem, platform) or candidate.automatic:
             rejected.append((candidate.name, reason))
         else:
             return Selection(candidate.name, "the first in order of preference that can run it", tuple(rejected))
     raise Unsupported(f"no backend can run {problem}: {rejected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The backends of one product, of which the platform picks when the product is lowered.
+
+    Attributes:
+      backend: runs on every platform that is not named.
+      by_platform: (platform, backend) where another one runs.
+    """
+
+    backend: Backend
+    by_platform: tuple[tuple[str, Backend], ...] = ()
+
+
+def choose(problem: Problem, backend: str | None) -> Choice:
+    """`select_backend` for all platforms that the product may be lowered for."""
+    if _named(backend) is not None:
+        return Choice(BACKENDS[select_backend(problem, backend).name])
+    anywhere = [candidate for candidate in BACKENDS.values() if candidate.platforms is None]
+    default = BACKENDS[_select_automatic(problem, default_platform(), anywhere).name]
+    platforms = {p for candidate in BACKENDS.values() if not candidate.automatic for p in candidate.platforms or ()}
+    chosen = [(platform, BACKENDS[select_backend(problem, platform=platform).name]) for platform in sorted(platforms)]
+    return Choice(default, tuple((platform, found) for platform, found in chosen if found is not default))
 
 
 def check_backend(name: str, source: str) -> None:

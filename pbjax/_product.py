@@ -26,7 +26,7 @@ Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 class _Config:
     """What is static about a product beyond the shapes of its operands."""
 
-    backend: _backends.Backend
+    choice: _backends.Choice
     group_size: int | None
     activation_bits: int | None
 
@@ -57,8 +57,8 @@ def product(
     """
     problem = _problem(x, words, group_size, activation_bits)
     # The backend is settled here, in the caller's context: the rules below may run in another one.
-    selected = _backends.BACKENDS[_backends.select_backend(problem, backend).name]
-    config = _Config(backend=selected, group_size=group_size, activation_bits=activation_bits)
+    choice = _backends.choose(problem, backend)
+    config = _Config(choice=choice, group_size=group_size, activation_bits=activation_bits)
     return _differentiable(config)(x, words, scale, bitlayers)
 
 
@@ -76,15 +76,34 @@ def _problem(x: jax.Array, words: jax.Array, group_size: int | None, activation_
 def _run(
     config: _Config, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array, *, prefixes: bool
 ) -> jax.Array:
-    """Prepares the activations, runs the backend, and applies what belongs to each row."""
-    run = config.backend.prefixes if prefixes else config.backend.matmul
+    """The product by the backend of the platform that this is lowered for."""
     problem = _problem(x, words, config.group_size, config.activation_bits)
-    if config.activation_bits is None:
+    run = functools.partial(_run_on, problem=problem, prefixes=prefixes)
+    default = functools.partial(run, config.choice.backend)
+    branches = {platform: functools.partial(run, backend) for platform, backend in config.choice.by_platform}
+    if not branches:
+        return default(x, words, scale, counts)
+    return lax.platform_dependent(x, words, scale, counts, default=default, **branches)
+
+
+def _run_on(
+    backend: _backends.Backend,
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    counts: jax.Array,
+    *,
+    problem: contract.Problem,
+    prefixes: bool,
+) -> jax.Array:
+    """Prepares the activations, runs the backend, and applies what belongs to each row."""
+    run = functools.partial(backend.prefixes if prefixes else backend.matmul, problem)
+    if problem.activation_bits is None:
         x, _, finite = activations.finite_rows(x)
-        y = run(problem, x, words, scale, counts)
+        y = run(x, words, scale, counts)
     else:
-        codes, unit, finite = activations.quantize_rows(x, config.activation_bits)
-        y = run(problem, codes, words, scale, counts)
+        codes, unit, finite = activations.quantize_rows(x, problem.activation_bits)
+        y = run(codes, words, scale, counts)
         # The barriers keep the sequence of roundings: behind them a compiler sees neither that the factor is a constant
         # (it would multiply it with the scale first) nor that zero is added. The addition takes the place of the one
         # that the compiler would fuse with this multiplication, rounding once: a bias of the caller's.

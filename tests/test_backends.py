@@ -156,7 +156,7 @@ def test_choice_is_settled_where_the_product_is_called(spy):
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
 def test_gpu_backends_are_refused_without_a_gpu(backend):
     """Whoever names one gets the reason; the automatic choice passes it over, for the same reason."""
-    reason = r"it needs an NVIDIA GPU of compute capability \d\.0 or more, but the default device is a cpu"
+    reason = "it runs on cuda, but the platform is cpu"
     with pytest.raises(pbjax.Unsupported, match=f"backend '{backend}', chosen by the argument `backend`, .*{reason}"):
         pbjax.matmul(jnp.ones((2, 40)), weight(), backend=backend)
     assert re.fullmatch(reason, dict(pbjax.select_backend(PROBLEM).rejected)[backend])
@@ -164,12 +164,12 @@ def test_gpu_backends_are_refused_without_a_gpu(backend):
 
 def test_gpu_backends_wait_to_be_named(monkeypatch):
     """What has not run on a GPU is not chosen for anybody, even where there is one."""
-    mosaic = dataclasses.replace(_backends.BACKENDS["mosaic"], unavailable=lambda: None)
+    mosaic = dataclasses.replace(_backends.BACKENDS["mosaic"], missing=lambda platform: None)
     monkeypatch.setitem(_backends.BACKENDS, "mosaic", mosaic)
-    selection = pbjax.select_backend(dataclasses.replace(PROBLEM, n=4))
+    selection = pbjax.select_backend(dataclasses.replace(PROBLEM, n=4), platform="cuda")
     assert selection.name == "xla"
     assert "not run on one: name it" in dict(selection.rejected)["mosaic"]
-    assert pbjax.select_backend(dataclasses.replace(PROBLEM, n=4), "mosaic").name == "mosaic"
+    assert pbjax.select_backend(dataclasses.replace(PROBLEM, n=4), "mosaic", platform="cuda").name == "mosaic"
 
 
 @pytest.mark.parametrize(
@@ -177,21 +177,77 @@ def test_gpu_backends_wait_to_be_named(monkeypatch):
     [
         (SimpleNamespace(platform="gpu", compute_capability="9.0"), None),
         (SimpleNamespace(platform="gpu", compute_capability="10.0"), None),
-        (
-            SimpleNamespace(platform="gpu", compute_capability="8.9"),
-            "needs .* 9.0 or more, but the default device has 8.9",
-        ),
-        (SimpleNamespace(platform="gpu", compute_capability="gfx90a"), "but the default device has gfx90a"),
-        (SimpleNamespace(platform="tpu"), "but the default device is a tpu"),
+        (SimpleNamespace(platform="gpu", compute_capability="8.9"), "needs .* 9.0 or more, but the device has 8.9"),
+        (SimpleNamespace(platform="gpu", compute_capability="gfx90a"), "it runs on cuda, but the platform is rocm"),
+        (SimpleNamespace(platform="tpu"), "it runs on cuda, but the platform is tpu"),
     ],
 )
 def test_devices(monkeypatch, device, reason):
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    found = _backends.BACKENDS["mosaic"].unavailable()
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [device])
+    found = _backends.BACKENDS["mosaic"].unavailable(_backends.default_platform())
     assert found is None if reason is None else re.search(reason, found)
 
 
-@pytest.mark.parametrize("backend", [name for name, b in _backends.BACKENDS.items() if b.unavailable() is None])
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a machine without a GPU says")
+def test_no_gpu_to_lower_for():
+    found = _backends.BACKENDS["mosaic"].missing("cuda")
+    assert found == "it needs an NVIDIA GPU of compute capability 9.0 or more, but there is no GPU"
+
+
+def test_default_platform_heeds_the_default_device():
+    with jax.default_device("tpu"):
+        assert _backends.default_platform() == "tpu"
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        assert _backends.default_platform() == "cpu"
+
+
+@pytest.fixture
+def by_platform(monkeypatch):
+    """Backends for one platform each, that differ from each other in what they return; xla serves all others."""
+
+    def constant(name, value):
+        return dataclasses.replace(
+            _backends.BACKENDS["xla"],
+            name=name,
+            platforms=(name,),
+            matmul=lambda problem, *_: jnp.full((problem.m, problem.n), value),
+        )
+
+    backends = {"cpu": constant("cpu", 1.0), "cuda": constant("cuda", 2.0)}
+    monkeypatch.setattr(_backends, "BACKENDS", {**backends, **_backends.BACKENDS})
+
+
+def test_platform_is_chosen_when_a_product_is_lowered(by_platform):
+    """One trace, several platforms: each gets its own backend, also in an export for several."""
+    w = weight()
+    w = w.replace(activation_bits=None)  # as they are returned
+    f = jax.jit(lambda x: pbjax.matmul(x, w))
+    x = jnp.ones((2, 40))
+    if jax.default_backend() == "cpu":
+        np.testing.assert_array_equal(f(x), np.full((2, 3), 1.0))
+    traced = f.trace(x)
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    assert "1.000000e+00" in texts["cpu"]
+    assert "2.000000e+00" in texts["cuda"]
+    assert "while" in texts["tpu"] or "dot" in texts["tpu"]
+    exported = jax.export.export(f, platforms=("cpu", "cuda"))(jax.ShapeDtypeStruct((2, 40), jnp.float32))
+    if jax.default_backend() == "cpu":
+        np.testing.assert_array_equal(exported.call(x), np.full((2, 3), 1.0))
+    assert pbjax.select_backend(PROBLEM, platform="cuda").name == "cuda"
+    assert pbjax.select_backend(PROBLEM, platform="tpu").name == "xla"
+
+
+def test_explicit_choice_is_for_every_platform(by_platform):
+    choice = _backends.choose(PROBLEM, "reference")
+    assert choice == _backends.Choice(_backends.BACKENDS["reference"])
+    assert [name for name, _ in _backends.choose(PROBLEM, None).by_platform] == ["cpu", "cuda"]
+
+
+def runs_here(backend):
+    return backend.unavailable(_backends.default_platform()) is None
+
+
+@pytest.mark.parametrize("backend", [name for name, b in _backends.BACKENDS.items() if runs_here(b)])
 def test_every_backend_can_be_named(backend):
     assert pbjax.select_backend(PROBLEM, backend) == pbjax.Selection(backend, "chosen by the argument `backend`")
     with pbjax.use_backend(backend):

@@ -81,7 +81,8 @@ FLOAT_CASES = (
 
 def backends(names):
     """Those that cannot run here are skipped, with their reason."""
-    reasons = {name: _backends.BACKENDS[name].unavailable() for name in names}
+    platform = _backends.default_platform()
+    reasons = {name: _backends.BACKENDS[name].unavailable(platform) for name in names}
     return pytest.mark.parametrize(
         "backend",
         [
