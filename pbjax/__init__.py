@@ -1,5 +1,9 @@
 """pbjax: trained neural networks at any precision, on packed 1-bit weights (PrecisionBatching, arXiv 2003.00822)."""
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from pallas_kernels.bit_matmul.contract import Problem as Problem
 from pallas_kernels.bit_matmul.contract import Unsupported as Unsupported
 from pbjax._backends import Selection as Selection
@@ -18,3 +22,14 @@ from pbjax._quantized import quantized as quantized
 from pbjax._report import Report as Report
 from pbjax._report import ReportRow as ReportRow
 from pbjax._report import report as report
+
+if TYPE_CHECKING:
+    from pbjax import linen as linen
+    from pbjax import nnx as nnx
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`pbjax.linen` and `pbjax.nnx`, imported when first asked for: who uses neither waits for no Flax."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"pbjax.{name}")
+    raise AttributeError(f"module 'pbjax' has no attribute {name!r}")

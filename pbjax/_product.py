@@ -81,9 +81,10 @@ def _run(
     run = functools.partial(_run_on, problem=problem, prefixes=prefixes)
     default = functools.partial(run, config.choice.backend)
     branches = {platform: functools.partial(run, backend) for platform, backend in config.choice.by_platform}
-    if not branches:
-        return default(x, words, scale, counts)
-    return lax.platform_dependent(x, words, scale, counts, default=default, **branches)
+    with jax.enable_x64(False):  # the contract knows 32 bits; 64 would widen every index and integer sum
+        if not branches:
+            return default(x, words, scale, counts)
+        return lax.platform_dependent(x, words, scale, counts, default=default, **branches)
 
 
 def _run_on(
@@ -220,7 +221,7 @@ def _gradient_of_scale(config: _Config, x, words, scale, bitlayers, g) -> jax.Ar
     def term(b, rows):
         outer = jnp.dot(x.T.astype(jnp.float32), jnp.where(rows[:, None], g, 0), precision="highest")
         per_k = _format.dequantize(words, ones, b, k, config.group_size) * outer
-        row = jnp.arange(scale.shape[0]) == jnp.minimum(b, scale.shape[0]) - 1
+        row = jnp.arange(scale.shape[0], dtype=jnp.int32) == jnp.minimum(b, scale.shape[0]) - 1
         return jnp.where(row[:, None, None], _format.group_sum(per_k, config.group_size)[None], 0)
 
     return _sum_over_counts(bits, bitlayers, term, jnp.zeros_like(scale))

@@ -12,8 +12,6 @@ from flax import linen as nn
 from flax import nnx
 
 import pbjax
-import pbjax.linen
-import pbjax.nnx
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (4, 5, 32))

@@ -71,8 +71,11 @@ def test_import_touches_no_device():
 import pbjax, pallas_kernels
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
-assert "flax" not in __import__("sys").modules
-import flax
+import sys
+assert "flax" not in sys.modules
+assert pbjax.linen.Dense and pbjax.nnx.Linear
+assert "flax" in sys.modules
+assert not xla_bridge.backends_are_initialized()
 import jax
 jax.devices()
 assert xla_bridge.backends_are_initialized()

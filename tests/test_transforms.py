@@ -544,3 +544,47 @@ def test_sharded_product_is_the_same(axis):
 def test_product_inside_shard_map():
     """Over n to the last bit, and over k with a psum; without the check of what varies over the mesh."""
     run_on_eight_devices("shard_map")
+
+
+# 64-bit mode.
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16, None])
+def test_enable_x64_changes_no_bit(activation_bits):
+    """Few rows, many, a count for each row, a sweep and derivatives: the same bits, in the same 32-bit dtypes."""
+    w, few, many = weight(activation_bits), normal(3, K, seed=1), normal(70, K, seed=2)
+
+    def results():
+        counts = np.arange(70, dtype=np.int32) % BITS + 1
+        sweep = jax.vmap(lambda b: pbjax.matmul(few, w, bitlayers=b))
+        loss = lambda x, scale: pbjax.matmul(x, w.replace(scale=scale)).sum()  # noqa: E731
+        return [
+            pbjax.matmul(few, w),
+            pbjax.matmul(many, w, bitlayers=counts),
+            sweep(jnp.arange(1, BITS + 1, dtype=jnp.int32)),
+            *jax.grad(loss, (0, 1))(few, w.scale),
+        ]
+
+    expected = results()
+    with jax.enable_x64(True):
+        found = results()
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
+def test_quantize_and_quantized_under_x64():
+    """float64 weights and activations: their dtype comes out, from the codes that float32 weights have."""
+    kernel, x = normal(K, N, seed=9), normal(2, K)
+
+    def run(dtype):
+        tree = pbjax.quantize({"kernel": kernel.astype(dtype)}, BITS)
+        y = jax.jit(pbjax.quantized(lambda tree, x: x @ tree["kernel"]))(tree, x.astype(dtype))
+        return tree["kernel"], y
+
+    expected_w, expected = run(jnp.float32)
+    with jax.enable_x64(True):
+        w, y = run(jnp.float64)
+        assert pbjax.dequantize({"w": w})["w"].dtype == y.dtype == jnp.float64
+    np.testing.assert_array_equal(w.words, expected_w.words)
+    np.testing.assert_array_equal(y, expected)

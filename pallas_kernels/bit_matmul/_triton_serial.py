@@ -25,7 +25,6 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import contract, limbs
-from pallas_kernels.bit_matmul._xla_serial import _pack as pack_activations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ def limb_sums(
     """
     assert problem.activation_bits is not None
     cut = _cut(problem, config)
-    packed = cut.arrange(pack_activations(codes, problem.activation_bits))
+    packed = cut.arrange(limbs.pack(codes, problem.activation_bits))
     padding = -problem.m % config.block_rows
     packed = jnp.pad(packed, ((0, padding), (0, 0), (0, 0)))
     num_kept = problem.bits if sweep else len(problem.code_limbs)

@@ -56,7 +56,7 @@ def limb_sums(
       limb that has not begun holds what it holds after its first bitlayer.
     """
     codes = codes[:, span.start * contract.WORD_BITS : span.stop * contract.WORD_BITS]
-    blocks = cut(span, _pack(codes, problem.fixed_point_bits), _BLOCK_WORDS)
+    blocks = cut(span, limbs.pack(codes, problem.fixed_point_bits), _BLOCK_WORDS)
     row_sums = _row_sums(problem, span, codes)
     parts = []
     for first, last in problem.code_limbs:
@@ -184,14 +184,6 @@ def _slice(array: jax.Array, start: tuple[jax.Array | int, ...], sizes: tuple[in
 def _keep(array: jax.Array) -> jax.Array:
     """Computed once, before the loop: fused into it, packing would be repeated for every channel."""
     return lax.optimization_barrier(array)
-
-
-def _pack(codes: jax.Array, activation_bits: int) -> jax.Array:
-    """int32[m, 32 * words] -> uint32[m, activation_bits, words], bit t of word j from column 32 * j + t."""
-    codes = codes.astype(jnp.uint32).reshape(codes.shape[0], 1, -1, contract.WORD_BITS)
-    bit = jnp.arange(activation_bits, dtype=jnp.uint32)[None, :, None, None]
-    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)[None, None, None, :]
-    return jnp.sum(((codes >> bit) & jnp.uint32(1)) << position, axis=-1, dtype=jnp.uint32)
 
 
 def _row_sums(problem: contract.Problem, span: Span, codes: jax.Array) -> jax.Array:

@@ -45,6 +45,18 @@ def combine_limbs(limbs: jax.Array, bitlayers: jax.Array) -> jax.Array:
     return jnp.where(shift > 0, columns[0] * power_of_two(shift) + columns[1], columns[0])
 
 
+def sum_segments(problem: contract.Problem, values: jax.Array) -> jax.Array:
+    """The sums of each group, of its segments in their order: f32[segments, m, n] -> f32[groups, m, n]."""
+    if len(problem.segments) == problem.groups:
+        return values
+    sums: list[jax.Array | None] = [None] * problem.groups
+    for (group, _, _), value in zip(problem.segments, values, strict=True):
+        total = sums[group]
+        sums[group] = value if total is None else total + value
+    zero = jnp.zeros(values.shape[1:], jnp.float32)  # without any k
+    return jnp.stack([zero if total is None else total for total in sums])
+
+
 def scale_groups(sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, activation_bits: int) -> jax.Array:
     """sum_g scale_b[g] * 2**-(b + activation_bits - 2) * sums[g], in the order of the groups.
 

@@ -1,4 +1,4 @@
-"""Activation codes in limbs: integers that a product with 8 bitlayers sums exactly in int32."""
+"""Activation codes in parts that a product sums exactly in int32: limbs of 8 bits, or single bits packed to words."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def split(codes: jax.Array, num: int) -> jax.Array:
     top = contract.LIMB_BITS * (num - 1)
     lower = [(codes >> shift) & 0xFF for shift in range(top - contract.LIMB_BITS, -1, -contract.LIMB_BITS)]
     return jnp.stack([codes >> top, *lower])
+
+
+def pack(codes: jax.Array, activation_bits: int) -> jax.Array:
+    """int32[m, 32 * words] -> uint32[m, activation_bits, words], bit t of word j from column 32 * j + t."""
+    codes = codes.astype(jnp.uint32).reshape(codes.shape[0], 1, -1, contract.WORD_BITS)
+    bit = jnp.arange(activation_bits, dtype=jnp.uint32)[None, :, None, None]
+    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)[None, None, None, :]
+    return jnp.sum(((codes >> bit) & jnp.uint32(1)) << position, axis=-1, dtype=jnp.uint32)

@@ -204,10 +204,5 @@ def _to_float(problem: contract.Problem, values: jax.Array, scale: jax.Array, bi
     """values: int32[code limbs, segments, activation limbs, m, n] -> f32[m, n]."""
     assert problem.activation_bits is not None
     values = jax.vmap(epilogue.combine_limbs, in_axes=(1, None))(jnp.swapaxes(values, 0, 2), bitlayers)
-    if len(problem.segments) > problem.groups:  # in the fixed order of the segments
-        groups: list[jax.Array | None] = [None] * problem.groups
-        for (group, _, _), value in zip(problem.segments, values, strict=True):
-            total = groups[group]
-            groups[group] = value if total is None else total + value
-        values = jnp.stack([group for group in groups if group is not None])
+    values = epilogue.sum_segments(problem, values)
     return epilogue.scale_groups(values, scale, bitlayers, problem.activation_bits)

@@ -102,15 +102,7 @@ def _pad(problem: contract.Problem, x: jax.Array) -> jax.Array:
 def _scale(problem: contract.Problem, sums: jax.Array, scale: jax.Array, counts: jax.Array) -> jax.Array:
     """int32[segments, activation limbs, code limbs, m, n] -> f32[m, n], in the order that the contract fixes."""
     assert problem.activation_bits is not None
-    values = jax.vmap(epilogue.combine_limbs, in_axes=(0, None))(sums, counts)
-    if len(problem.segments) > problem.groups:
-        groups: list[jax.Array] = []
-        for (group, _, _), value in zip(problem.segments, values, strict=True):
-            if group == len(groups):
-                groups.append(value)
-            else:
-                groups[group] = groups[group] + value
-        values = jnp.stack(groups)
+    values = epilogue.sum_segments(problem, jax.vmap(epilogue.combine_limbs, in_axes=(0, None))(sums, counts))
     return epilogue.scale_groups(values, scale, counts, problem.activation_bits)
 
 

@@ -87,21 +87,16 @@ def _serial(
 ) -> jax.Array:
     """f32[m, n], with `sweep` f32[bits * m, n]: the rows of each number of bitlayers in turn."""
     counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), problem.m) if sweep else bitlayers
-    sums = [jnp.zeros((counts.shape[0], problem.n), jnp.float32)] * problem.groups
-    for group, span in _spans(problem):
-        limbs = _xla_serial.limb_sums(problem, span, x, words, bitlayers, sweep=sweep)
-        values = jax.vmap(epilogue.combine_limbs, in_axes=(2, None))(limbs, counts)
-        if span.num_segments > 1:
-            return epilogue.scale_groups(values, scale, counts, problem.fixed_point_bits)
-        sums[group] = sums[group] + values[0]
-    return epilogue.scale_groups(jnp.stack(sums), scale, counts, problem.fixed_point_bits)
+    values = [jnp.zeros((0, counts.shape[0], problem.n), jnp.float32)]
+    for span in _spans(problem):
+        sums = _xla_serial.limb_sums(problem, span, x, words, bitlayers, sweep=sweep)
+        values.append(jax.vmap(epilogue.combine_limbs, in_axes=(2, None))(sums, counts))
+    sums = epilogue.sum_segments(problem, jnp.concatenate(values))
+    return epilogue.scale_groups(sums, scale, counts, problem.fixed_point_bits)
 
 
-def _spans(problem: contract.Problem) -> list[tuple[int, _xla_serial.Span]]:
-    """(first group, span): all groups in one span, unless a group is longer than int32 can sum."""
+def _spans(problem: contract.Problem) -> list[_xla_serial.Span]:
+    """All segments, in one span where they are groups of equal length."""
     if len(problem.segments) == problem.groups > 1:
-        return [(0, _xla_serial.Span(start=0, stop=problem.num_words, segment=problem.words_per_group))]
-    return [
-        (group, _xla_serial.Span(start=start, stop=stop, segment=stop - start))
-        for group, start, stop in problem.segments
-    ]
+        return [_xla_serial.Span(start=0, stop=problem.num_words, segment=problem.words_per_group)]
+    return [_xla_serial.Span(start=start, stop=stop, segment=stop - start) for _, start, stop in problem.segments]
