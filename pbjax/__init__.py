@@ -12,7 +12,6 @@ from pbjax._backends import use_backend as use_backend
 from pbjax._bit_tensor import BitTensor as BitTensor
 from pbjax._matmul import matmul as matmul
 from pbjax._packed import Dequantized as Dequantized
-from pbjax._quantize import Spec as Spec
 from pbjax._quantize import dequantize as dequantize
 from pbjax._quantize import quantize as quantize
 from pbjax._quantize import truncate as truncate
@@ -22,6 +21,7 @@ from pbjax._quantized import quantized as quantized
 from pbjax._report import Report as Report
 from pbjax._report import ReportRow as ReportRow
 from pbjax._report import report as report
+from pbjax._specs import Spec as Spec
 
 if TYPE_CHECKING:
     from pbjax import linen as linen

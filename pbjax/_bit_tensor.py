@@ -102,6 +102,15 @@ class BitTensor:
         """A copy with some fields changed, as `dataclasses.replace`."""
         return dataclasses.replace(self, **changes)
 
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"{self!r} cannot be used as an array. Run the function that does so through `pbjax.quantized`, multiply "
+            "with `pbjax.matmul`, or unpack it with `pbjax.dequantize`."
+        )
+
+    # What JAX, NumPy and Python ask for where an array is expected: without them, their own messages say less.
+    __jax_array__ = __array__ = __getitem__ = __matmul__ = __rmatmul__ = _refuse
+
     def __repr__(self) -> str:
         if not hasattr(self.words, "shape"):  # rebuilt around shardings, None, ...
             return f"BitTensor({self.words!r}, bits={self.bits}, packed_shape={self.packed_shape})"
@@ -115,6 +124,12 @@ class BitTensor:
 def is_bit_tensor(value: object) -> bool:
     """Whether a value is a BitTensor: the `is_leaf` of pytree functions."""
     return isinstance(value, BitTensor)
+
+
+def check_any(leaves: list[Any]) -> None:
+    """Raises ValueError unless some leaf of a `tree` is a BitTensor."""
+    if not any(map(is_bit_tensor, leaves)):
+        raise ValueError("`tree` must hold BitTensors, but it has none. Make them with `pbjax.quantize`.")
 
 
 def pack_array(
@@ -193,7 +208,8 @@ def check_bitlayers(bitlayers: Any, bits: int, where: str) -> None:
       TypeError: not an integer type.
       ValueError: out of range.
     """
-    if isinstance(bitlayers, bool) or not jnp.issubdtype(jnp.result_type(bitlayers), jnp.integer):
+    is_number = isinstance(bitlayers, (int, np.integer)) and not isinstance(bitlayers, bool)
+    if not (is_number or jnp.issubdtype(getattr(bitlayers, "dtype", object), jnp.integer)):
         raise TypeError(f"`bitlayers` must be an integer or an integer array, but got {bitlayers!r} ({where}).")
     if isinstance(bitlayers, (int, np.integer, np.ndarray)):
         values = np.asarray(bitlayers)

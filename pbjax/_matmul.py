@@ -7,13 +7,11 @@ from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.bit_matmul import contract
-from pbjax import _bit_tensor, _product
+from pbjax import _bit_tensor, _checks, _product
 from pbjax._bit_tensor import BitTensor
-
-MIN_ACTIVATION_BITS = 2
 
 
 def matmul(
@@ -72,7 +70,7 @@ def matmul(
     if not isinstance(w, BitTensor):
         raise TypeError(f"`w` must be a BitTensor, but got {type(w).__name__}. Make one with `pbjax.quantize`.")
     _bit_tensor.check_bit_tensor(w, "argument `w` of matmul")
-    x = jnp.asarray(x)
+    x = _as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be of a real floating dtype, but got {x.dtype}. Cast it first.")
     if w.stack_shape:
@@ -89,10 +87,8 @@ def matmul(
         )
     if activation_bits is ...:
         activation_bits = w.activation_bits
-    check_activation_bits(activation_bits, "argument of matmul")
-    out_dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
-    if not jnp.issubdtype(out_dtype, jnp.floating):
-        raise TypeError(f"`preferred_element_type` must be a floating dtype, but got {out_dtype}.")
+    activation_bits = _checks.activation_bits(activation_bits, "argument of matmul")
+    out_dtype = _result_dtype(preferred_element_type, x.dtype, w.dtype)
     m = math.prod(rows_shape)
     y = _product.product(
         x.reshape(m, w.k),
@@ -104,6 +100,25 @@ def matmul(
         backend=backend,
     )
     return y.reshape(rows_shape + w.output_shape).astype(out_dtype)
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`x` must be an array, but got {type(x).__name__}: {error}") from error
+
+
+def _result_dtype(preferred: DTypeLike | None, x: np.dtype, w: np.dtype) -> np.dtype:
+    if preferred is None:
+        return jnp.promote_types(x, w)
+    try:
+        dtype = jnp.dtype(preferred)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`preferred_element_type` must be a floating dtype, but got {preferred!r}.")
+    return dtype
 
 
 def _row_counts(bitlayers: ArrayLike, bits: int, rows_shape: tuple[int, ...]) -> jax.Array:
@@ -118,16 +133,3 @@ def _row_counts(bitlayers: ArrayLike, bits: int, rows_shape: tuple[int, ...]) ->
             "Give one number for all, or one for each row."
         )
     return jnp.broadcast_to(counts.reshape(padded), rows_shape)
-
-
-def check_activation_bits(activation_bits: int | None, where: str) -> None:
-    """Raises unless `activation_bits` is None or an integer in 2..24."""
-    if activation_bits is None:
-        return
-    if isinstance(activation_bits, bool) or not isinstance(activation_bits, int):
-        raise TypeError(f"`activation_bits` must be an int or None, but got {activation_bits!r} ({where}).")
-    if not MIN_ACTIVATION_BITS <= activation_bits <= contract.MAX_ACTIVATION_BITS:
-        raise ValueError(
-            f"`activation_bits` must lie in {MIN_ACTIVATION_BITS}..{contract.MAX_ACTIVATION_BITS}, but got "
-            f"{activation_bits} ({where}). Use None for float activations."
-        )

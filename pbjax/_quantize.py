@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import rich.console
@@ -18,45 +16,11 @@ import rich.progress
 from jax.typing import ArrayLike
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _bit_tensor, _matmul, _paths, _uses
+from pbjax import _bit_tensor, _checks, _paths, _specs, _uses
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
+from pbjax._specs import Plan, Rule, Spec
 
 _PROGRESS_BYTES = 256 * 2**20  # a bar appears, on a terminal, from this size on
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-    """How the weights that a rule matches are quantized; a field left out is `quantize`'s own argument.
-
-    Attributes:
-      bits: bitlayers to store, 1..16.
-      contract: axes of the whole weight that a product sums over.
-      stack: leading axes that are scanned, mapped or indexed over: (), (0,), (0, 1), ...
-      group_size: consecutive k that share a scale, a multiple of 32; None for all of k.
-      activation_bits: 2..24, or None for float activations.
-      clip_bits: number of bitlayers to choose the clipping for; None for no clipping.
-    """
-
-    bits: int | None = None
-    contract: tuple[int, ...] | None = None
-    stack: tuple[int, ...] | None = None
-    group_size: int | Any | None = ...
-    activation_bits: int | Any | None = ...
-    clip_bits: int | Any | None = ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """How one weight is quantized: the static arguments of `pack_array`."""
-
-    bits: int
-    num_stack: int
-    contract_axes: tuple[int, ...]
-    output_axes: tuple[int, ...]
-    group_size: int | None
-    activation_bits: int | None
-    clip_bits: int | None
-    in_blocks: bool
 
 
 def quantize(
@@ -105,9 +69,9 @@ def quantize(
       and keeps the sharding of its inputs to XLA.
 
     Raises:
-      TypeError: a chosen leaf is not a float array.
-      ValueError: a width or group size out of range, axes that do not fit, nothing to quantize, or a weight with a NaN
-        or an infinity (only where its value is known); the message names the path.
+      TypeError: a chosen leaf is not a float array, or an argument is of another type than it should be.
+      ValueError: a width or group size out of range, axes that do not fit, a rule that matches no leaf, nothing to
+        quantize, or a weight with a NaN or an infinity (only where its value is known); the message names the path.
 
     Cost: one weight at a time. Beyond the result, intermediates stay below the size of the largest weight, or some
     32 MB where that is more; under `jit` or on several devices they are about seven times one weight (one layer of a
@@ -121,19 +85,22 @@ def quantize(
       >>> pbjax.quantize(params, bits=8)["dense"]["kernel"]
       BitTensor(float32[64, 64], bits=8, contract_axes=(0,), group_size=None, activation_bits=16)
     """
-    defaults = Spec(bits=bits, group_size=group_size, activation_bits=activation_bits, clip_bits=clip_bits)
-    _check_spec(defaults, "argument of quantize")
-    patterns = _compile_rules(rules, defaults)
+    widths = _specs.check_widths(bits, group_size, activation_bits, clip_bits, "argument of quantize")
+    patterns = _specs.compile_rules(rules, widths)
+    _check_functions(fn, args, select)
     names, leaves, treedef = _paths.named_leaves(tree)
+    _paths.check_matches("rules", patterns, names, "leaves")
     uses = [[]] * len(leaves) if fn is None else _uses.trace_uses(fn, tree, args)
-    plans: dict[int, _Plan] = {}
+    plans: dict[int, Plan] = {}
     for i, (name, leaf, leaf_uses) in enumerate(zip(names, leaves, uses, strict=True)):
-        spec = next((spec for pattern, spec in patterns if pattern.search(name)), ...)
-        if is_bit_tensor(leaf) or spec is None:
+        rule = _paths.first_match(patterns, name, ...)
+        if is_bit_tensor(leaf) or rule is None:
             continue
-        if spec is ... and not (select or functools.partial(_is_default, uses=leaf_uses))(name, leaf):
-            continue
-        plans[i] = _plan(name, leaf, leaf_uses, defaults if spec is ... else spec)
+        if rule is ...:
+            if not (select or functools.partial(_is_default, uses=leaf_uses))(name, leaf):
+                continue
+            rule = Rule(widths=widths)
+        plans[i] = _specs.plan(name, leaf, leaf_uses, rule)
     if not plans and not any(map(is_bit_tensor, leaves)):
         raise ValueError(
             f"`tree` must hold a weight to quantize, but none of its {len(leaves)} leaves was chosen. By default these "
@@ -147,8 +114,20 @@ def quantize(
     return jax.tree.unflatten(treedef, leaves)
 
 
+def _check_functions(fn: Any, args: Any, select: Any) -> None:
+    where = "argument of quantize"
+    if fn is not None:
+        _checks.function("fn", fn, where)
+    if select is not None:
+        _checks.function("select", select, where)
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"`args` must be a tuple, but got {type(args).__name__} ({where}). Write one as (x,).")
+    if args and fn is None:
+        raise ValueError(f"`args` must come with `fn`, the function that takes them, but got no `fn` ({where}).")
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _pack(leaf: jax.Array, plan: _Plan) -> BitTensor:
+def _pack(leaf: jax.Array, plan: Plan) -> BitTensor:
     return _bit_tensor.pack_array(leaf, **dataclasses.asdict(plan))
 
 
@@ -186,7 +165,8 @@ def with_bitlayers(tree: Any, bitlayers: ArrayLike | Mapping[str, ArrayLike] | A
 
     Raises:
       TypeError: a number that is no integer.
-      ValueError: a number out of range, a pattern that matches nothing, or a tree of another structure.
+      ValueError: a number out of range, a pattern that matches nothing, a tree of another structure, or no BitTensor
+        in `tree`.
 
     Example:
       >>> qparams = pbjax.quantize({"kernel": jnp.eye(64)}, bits=8)
@@ -194,6 +174,7 @@ def with_bitlayers(tree: Any, bitlayers: ArrayLike | Mapping[str, ArrayLike] | A
       Array(4, dtype=int32)
     """
     names, leaves, treedef = _paths.named_leaves(tree)
+    _bit_tensor.check_any(leaves)
     numbers = _numbers_per_leaf(bitlayers, names, leaves, treedef)
     for i, (name, leaf, number) in enumerate(zip(names, leaves, numbers, strict=True)):
         if is_bit_tensor(leaf) and number is not None:
@@ -221,27 +202,16 @@ def _numbers_per_leaf(bitlayers: Any, names: list[str], leaves: list[Any], treed
     if jax.tree_util.all_leaves([bitlayers]) and bitlayers is not None:
         return [bitlayers] * len(leaves)
     if isinstance(bitlayers, Mapping) and not _same_structure(bitlayers, treedef):
-        patterns = [(re.compile(pattern), number) for pattern, number in bitlayers.items() if _is_pattern(pattern)]
-        tensors = [name for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf)]
-        for pattern, _ in patterns:
-            if not any(pattern.search(name) for name in tensors):
-                raise ValueError(
-                    f"`bitlayers` must name BitTensors of the tree, but pattern {pattern.pattern!r} matches none of "
-                    f"{', '.join(tensors) or 'none'}."
-                )
-        return [next((number for pattern, number in patterns if pattern.search(name)), None) for name in names]
+        patterns = _paths.compile_patterns("bitlayers", bitlayers)
+        tensors = (name for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf))
+        _paths.check_matches("bitlayers", patterns, tensors, "BitTensors")
+        return [_paths.first_match(patterns, name, None) for name in names]
     if not _same_structure(bitlayers, treedef):
         raise ValueError(
             "`bitlayers` must be a number, a dict from path patterns to numbers, or a tree with the structure of "
             f"`tree`, but got a tree of structure {jax.tree.structure(bitlayers)}."
         )
     return treedef.flatten_up_to(bitlayers)
-
-
-def _is_pattern(pattern: Any) -> bool:
-    if not isinstance(pattern, str):
-        raise TypeError(f"path patterns must be strings, but got {pattern!r}.")
-    return True
 
 
 def _same_structure(numbers: Any, treedef: Any) -> bool:
@@ -264,9 +234,9 @@ def truncate(tree: Any, bitlayers: int) -> Any:
 
     Raises:
       TypeError: `bitlayers` is no int (shapes depend on it, so it cannot be traced).
-      ValueError: `bitlayers` is less than 1 or more than 16.
+      ValueError: `bitlayers` is less than 1 or more than 16, or no BitTensor in `tree`.
     """
-    _check_width("bitlayers", bitlayers, 1, contract.MAX_BITS, "argument of truncate")
+    bitlayers = _checks.integer("bitlayers", bitlayers, 1, contract.MAX_BITS, "argument of truncate")
 
     def cut(tensor: BitTensor, name: str) -> BitTensor:
         if tensor.bits <= bitlayers:
@@ -278,6 +248,7 @@ def truncate(tree: Any, bitlayers: int) -> Any:
             bits=bitlayers,
         )
 
+    _bit_tensor.check_any(_paths.named_leaves(tree)[1])
     return _map_tensors(cut, tree)
 
 
@@ -295,100 +266,9 @@ def _is_default(name: str, leaf: Any, uses: list[_uses.Use]) -> bool:
     return is_weight and (name.split("/")[-1] == "kernel" or _uses.has_product(uses))
 
 
-def _compile_rules(rules: Mapping[str, int | Spec | None] | None, defaults: Spec) -> list[tuple[re.Pattern, Any]]:
-    compiled = []
-    for pattern, rule in (rules or {}).items():
-        if rule is not None:
-            if not isinstance(rule, Spec):
-                rule = Spec(bits=rule)
-            rule = Spec(
-                bits=defaults.bits if rule.bits is None else rule.bits,
-                contract=rule.contract,
-                stack=rule.stack,
-                **{
-                    field: getattr(defaults if getattr(rule, field) is ... else rule, field)
-                    for field in ("group_size", "activation_bits", "clip_bits")
-                },
-            )
-            _check_spec(rule, f"rule {pattern!r}")
-        compiled.append((re.compile(pattern), rule))
-    return compiled
-
-
-def _check_spec(spec: Spec, where: str) -> None:
-    _check_width("bits", spec.bits, 1, contract.MAX_BITS, where)
-    if spec.group_size is not None:
-        _check_width("group_size", spec.group_size, 1, None, where)
-        if spec.group_size % contract.WORD_BITS:
-            raise ValueError(
-                f"`group_size` must be a multiple of {contract.WORD_BITS}, but got {spec.group_size} ({where})."
-            )
-    if spec.clip_bits is not None:
-        _check_width("clip_bits", spec.clip_bits, 1, spec.bits, where)
-    _matmul.check_activation_bits(spec.activation_bits, where)
-
-
-def _check_width(name: str, value: Any, low: int, high: int | None, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"`{name}` must be an int, but got {value!r} ({where}).")
-    if value < low or (high is not None and value > high):
-        limits = f"lie in {low}..{high}" if high is not None else f"be at least {low}"
-        raise ValueError(f"`{name}` must {limits}, but got {value} ({where}).")
-
-
-def _plan(name: str, leaf: Any, uses: list[_uses.Use], spec: Spec) -> _Plan:
-    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
-        raise TypeError(f"a weight to quantize must be a float array, but {name} is {_describe(leaf)}.")
-    rank = leaf.ndim
-    layout = _uses.layout_of(leaf.shape, uses)
-    if layout is None:  # Flax's convention: the last axis is the output
-        layout = _uses.Layout(0, tuple(range(rank - 1)))
-    num_stack, contract_axes = layout.num_stack, layout.contract
-    if spec.stack is not None:
-        num_stack = len(spec.stack)
-        if spec.stack != tuple(range(num_stack)):
-            raise ValueError(f"`stack` must name leading axes (0, 1, ..), but got {spec.stack} ({name}).")
-        if spec.contract is None:
-            contract_axes = tuple(range(num_stack, rank - 1))
-    if spec.contract is not None:
-        contract_axes = tuple(a + rank if a < 0 else a for a in spec.contract)
-    if (
-        not contract_axes
-        or len(set(contract_axes)) < len(contract_axes)
-        or not all(num_stack <= a < rank for a in contract_axes)
-    ):
-        raise ValueError(
-            f"`contract` must name axes of the weight behind its stack axes, but got {contract_axes} for shape "
-            f"{leaf.shape} with {num_stack} stack axes ({name}). Leave the weight out with a rule of None, or name its "
-            "axes with a `Spec`."
-        )
-    if 0 in leaf.shape:
-        raise ValueError(f"a weight to quantize must not be empty, but {name} is {_describe(leaf)}.")
-    packed_contract = tuple(a - num_stack for a in contract_axes)
-    assert spec.bits is not None, "rules take the default"
-    return _Plan(
-        bits=int(spec.bits),
-        num_stack=num_stack,
-        contract_axes=packed_contract,
-        output_axes=tuple(a for a in range(rank - num_stack) if a not in packed_contract),
-        group_size=spec.group_size,
-        activation_bits=spec.activation_bits,
-        clip_bits=spec.clip_bits,
-        in_blocks=isinstance(leaf, np.ndarray) or (_is_concrete(leaf) and len(leaf.sharding.device_set) == 1),
-    )
-
-
-def _is_concrete(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
-
-
 def _check_finite(name: str, leaf: Any) -> None:
     """Raises ValueError for a weight with a NaN or an infinity; a traced value cannot be looked at."""
-    if not isinstance(leaf, np.ndarray) and not _is_concrete(leaf):
+    if not isinstance(leaf, np.ndarray) and not _specs.is_concrete(leaf):
         return
     with jax.ensure_compile_time_eval():  # a known value can be looked at inside a trace too
         if not _all_finite(leaf):
@@ -401,7 +281,7 @@ def _all_finite(leaf: jax.Array) -> jax.Array:
     return jnp.isfinite(leaf).all()
 
 
-def _track(plans: Mapping[int, _Plan], num_bytes: int, progress: bool | None) -> Iterable[int]:
+def _track(plans: Mapping[int, Plan], num_bytes: int, progress: bool | None) -> Iterable[int]:
     if progress is None:
         progress = num_bytes >= _PROGRESS_BYTES and sys.stderr.isatty()
     if not progress:

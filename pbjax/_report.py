@@ -123,8 +123,7 @@ def report(
     Cost: dequantizes one weight at a time, once for each number of bitlayers.
     """
     names, leaves, _ = _paths.named_leaves(tree)
-    if not any(map(is_bit_tensor, leaves)):
-        raise ValueError("`tree` must hold BitTensors, but it has none. Make them with `pbjax.quantize`.")
+    _bit_tensor.check_any(leaves)
     originals = [None] * len(leaves)
     if original is not None:
         originals = jax.tree.leaves(original)
@@ -139,8 +138,9 @@ def report(
     for name, leaf, weight in zip(names, leaves, originals, strict=True):
         if not is_bit_tensor(leaf):
             continue
-        if weight is not None and weight.shape != leaf.shape:
-            raise ValueError(f"`original` must have shape {leaf.shape} at {name}, but got {weight.shape}.")
+        if weight is not None and getattr(weight, "shape", None) != leaf.shape:
+            found = getattr(weight, "shape", repr(weight))
+            raise ValueError(f"`original` must have shape {leaf.shape} at {name}, but got {found}.")
         error_squares, square = _squared_errors(leaf, weight)
         squares.append((error_squares, square))
         used = jnp.ravel(leaf.bitlayers)

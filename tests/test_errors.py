@@ -31,6 +31,26 @@ MATMUL = {
         TypeError,
         r"`x` must be of a real floating dtype, but got int32\. Cast it first\.",
     ),
+    "x that is no array": (
+        lambda: pbjax.matmul(None, W),
+        TypeError,
+        r"`x` must be an array, but got NoneType",
+    ),
+    "list of bitlayers": (
+        lambda: pbjax.matmul(X, W, bitlayers=[1, 2]),
+        TypeError,
+        r"`bitlayers` must be an integer or an integer array, but got \[1, 2\] \(argument of matmul\)",
+    ),
+    "bitlayers as text": (
+        lambda: pbjax.matmul(X, W, bitlayers="4"),
+        TypeError,
+        r"`bitlayers` must be an integer or an integer array, but got '4'",
+    ),
+    "unknown result dtype": (
+        lambda: pbjax.matmul(X, W, preferred_element_type="foo"),
+        TypeError,
+        r"`preferred_element_type` must be a floating dtype, but got 'foo'",
+    ),
     "complex x": (
         lambda: pbjax.matmul(jnp.ones((2, 40), jnp.complex64), W),
         TypeError,
@@ -69,12 +89,12 @@ MATMUL = {
     "float activation bits": (
         lambda: pbjax.matmul(X, W, activation_bits=8.0),
         TypeError,
-        r"`activation_bits` must be an int or None, but got 8\.0 \(argument of matmul\)",
+        r"`activation_bits` must be an int, but got 8\.0 \(argument of matmul\)",
     ),
     "bool activation bits": (
         lambda: pbjax.matmul(X, W, activation_bits=True),
         TypeError,
-        r"`activation_bits` must be an int or None, but got True",
+        r"`activation_bits` must be an int, but got True",
     ),
     "integer result": (
         lambda: pbjax.matmul(X, W, preferred_element_type=jnp.int32),
@@ -235,6 +255,23 @@ def test_message_of_the_environment_variable(monkeypatch):
     monkeypatch.setenv("PBJAX_BACKEND", "numpy")
     with pytest.raises(ValueError, match="but got 'numpy' from the environment variable PBJAX_BACKEND"):
         pbjax.select_backend(PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: X @ W,
+        lambda: W @ X,
+        lambda: jnp.dot(X, W),
+        lambda: jnp.asarray(W),
+        lambda: np.asarray(W),
+        lambda: W[0],
+    ],
+)
+def test_a_weight_used_as_an_array_says_what_to_do(use):
+    message = r"BitTensor\(.*\) cannot be used as an array\. Run the function .* through `pbjax\.quantized`, multiply"
+    with pytest.raises(TypeError, match=message):
+        use()
 
 
 def test_what_is_right_passes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import textwrap
@@ -383,7 +382,7 @@ def test_report_without_the_original():
         ),
         (
             TypeError,
-            r"`activation_bits` must be an int or None",
+            r"`activation_bits` must be an int, but got .*Use None for float",
             lambda: pbjax.quantize(PARAMS, 8, activation_bits=8.0),
         ),
         (
@@ -473,6 +472,47 @@ def test_report_without_the_original():
             r"`bitlayers` must be a number, a dict",
             lambda: pbjax.with_bitlayers(pbjax.quantize(PARAMS, 8), [1, 2]),
         ),
+        (
+            ValueError,
+            r"`rules` must name leaves of the tree, but pattern 'nope' matches none of",
+            lambda: pbjax.quantize(PARAMS, 8, rules={"nope": 4}),
+        ),
+        (
+            ValueError,
+            r"path patterns in `rules` must be regular expressions, but got '\('",
+            lambda: pbjax.quantize(PARAMS, 8, rules={"(": 4}),
+        ),
+        (
+            TypeError,
+            r"path patterns in `rules` must be strings, but got 3",
+            lambda: pbjax.quantize(PARAMS, 8, rules={3: 4}),
+        ),
+        (
+            TypeError,
+            r"`rules` must be a dict from path patterns, but got \['kernel'\]",
+            lambda: pbjax.quantize(PARAMS, 8, rules=["kernel"]),
+        ),
+        (
+            TypeError,
+            r"`contract` must be a tuple of axes, but got 0 \(rule 'kernel'\)\. Write one axis as \(0,\)",
+            lambda: pbjax.quantize(PARAMS, 8, rules={"kernel": pbjax.Spec(contract=0)}),
+        ),
+        (
+            TypeError,
+            r"`stack` must be a tuple of axes, but got \('a',\)",
+            lambda: pbjax.quantize(PARAMS, 8, rules={"kernel": pbjax.Spec(stack=("a",))}),
+        ),
+        (TypeError, r"`args` must be a tuple, but got int", lambda: pbjax.quantize(PARAMS, 8, fn=len, args=3)),
+        (ValueError, r"`args` must come with `fn`", lambda: pbjax.quantize(PARAMS, 8, args=(3,))),
+        (TypeError, r"`fn` must be a function, but got 3", lambda: pbjax.quantize(PARAMS, 8, fn=3)),
+        (TypeError, r"`select` must be a function, but got 'k'", lambda: pbjax.quantize(PARAMS, 8, select="k")),
+        (ValueError, r"`tree` must hold BitTensors", lambda: pbjax.with_bitlayers(PARAMS, 4)),
+        (ValueError, r"`tree` must hold BitTensors", lambda: pbjax.truncate(PARAMS, 4)),
+        (
+            ValueError,
+            r"path patterns in `bitlayers` must be regular expressions, but got '\('",
+            lambda: pbjax.with_bitlayers(pbjax.quantize(PARAMS, 8), {"(": 3}),
+        ),
         (ValueError, r"`tree` must hold BitTensors", lambda: pbjax.report(PARAMS)),
         (ValueError, r"`original` must have the structure", lambda: pbjax.report(pbjax.quantize(PARAMS, 8), {"a": 1})),
         (
@@ -480,9 +520,22 @@ def test_report_without_the_original():
             r"`original` must have shape \(40, 24\)",
             lambda: pbjax.report(pbjax.quantize(PARAMS, 8), jax.tree.map(lambda a: a[:1], PARAMS)),
         ),
-        (re.error, r"unterminated", lambda: pbjax.quantize(PARAMS, 8, rules={"(": 8})),
     ],
 )
 def test_errors(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_numpy_integers_are_integers():
+    """Widths given as NumPy integers come out as Python's own: they are static fields, compared and hashed."""
+    given = pbjax.quantize(
+        PARAMS, np.int64(6), group_size=np.int32(32), activation_bits=np.uint8(8), clip_bits=np.int16(4)
+    )
+    plain = pbjax.quantize(PARAMS, 6, group_size=32, activation_bits=8, clip_bits=4)
+    assert jax.tree.structure(given) == jax.tree.structure(plain)
+    tensors = [
+        t for t in jax.tree.leaves(given, is_leaf=lambda t: isinstance(t, pbjax.BitTensor)) if hasattr(t, "bits")
+    ]
+    assert tensors
+    assert all(type(v) is int for t in tensors for v in (t.bits, t.group_size, t.activation_bits))

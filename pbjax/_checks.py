@@ -1,0 +1,49 @@
+"""Checks of arguments that several functions take: each returns what the rest of the code may rely on, or raises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.bit_matmul import contract
+
+MIN_ACTIVATION_BITS = 2
+
+
+def integer(name: str, value: Any, low: int, high: int | None, where: str) -> int:
+    """A static integer in low..high as Python's own, whichever kind of integer came.
+
+    Args:
+      name: of the argument.
+      value: what the user gave.
+      low: smallest value allowed.
+      high: largest value allowed; None for no limit.
+      where: the argument, rule or pytree path, for the message.
+
+    Raises:
+      TypeError: not an integer; a traced one is none, because shapes depend on it.
+      ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` must be an int, but got {value!r} ({where}).")
+    if value < low or (high is not None and value > high):
+        limits = f"lie in {low}..{high}" if high is not None else f"be at least {low}"
+        raise ValueError(f"`{name}` must {limits}, but got {value} ({where}).")
+    return int(value)
+
+
+def activation_bits(value: Any, where: str) -> int | None:
+    """The width of fixed-point activations, 2..24, or None for float ones."""
+    if value is None:
+        return None
+    try:
+        return integer("activation_bits", value, MIN_ACTIVATION_BITS, contract.MAX_ACTIVATION_BITS, where)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} Use None for float activations.") from None
+
+
+def function(name: str, value: Any, where: str) -> None:
+    """Raises TypeError unless a value can be called."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function, but got {value!r} ({where}).")

@@ -1,0 +1,171 @@
+"""How one weight is to be quantized: what users say (`Spec`, rules by path) and the plan that it comes to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.bit_matmul import contract
+from pbjax import _checks, _paths, _uses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How the weights that a rule matches are quantized; a field left out is `quantize`'s own argument.
+
+    Attributes:
+      bits: bitlayers to store, 1..16.
+      contract: axes of the whole weight that a product sums over.
+      stack: leading axes that are scanned, mapped or indexed over: (), (0,), (0, 1), ...
+      group_size: consecutive k that share a scale, a multiple of 32; None for all of k.
+      activation_bits: 2..24, or None for float activations.
+      clip_bits: number of bitlayers to choose the clipping for; None for no clipping.
+    """
+
+    bits: int | None = None
+    contract: tuple[int, ...] | None = None
+    stack: tuple[int, ...] | None = None
+    group_size: int | EllipsisType | None = ...
+    activation_bits: int | EllipsisType | None = ...
+    clip_bits: int | EllipsisType | None = ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one weight is quantized: the static arguments of `pack_array`."""
+
+    bits: int
+    num_stack: int
+    contract_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    group_size: int | None
+    activation_bits: int | None
+    clip_bits: int | None
+    in_blocks: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Widths:
+    """The numbers of a `Spec`, all given, checked and of type int."""
+
+    bits: int
+    group_size: int | None
+    activation_bits: int | None
+    clip_bits: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A `Spec` with nothing left out but the axes that the use of a weight may decide."""
+
+    widths: Widths
+    contract: tuple[int, ...] | None = None
+    stack: tuple[int, ...] | None = None
+
+
+def check_widths(bits: Any, group_size: Any, activation_bits: Any, clip_bits: Any, where: str) -> Widths:
+    """Raises TypeError or ValueError unless the numbers of a `Spec` are in range."""
+    bits = _checks.integer("bits", bits, 1, contract.MAX_BITS, where)
+    if group_size is not None:
+        group_size = _checks.integer("group_size", group_size, 1, None, where)
+        if group_size % contract.WORD_BITS:
+            raise ValueError(
+                f"`group_size` must be a multiple of {contract.WORD_BITS}, but got {group_size} ({where}). "
+                "Use None for one scale per output channel."
+            )
+    return Widths(
+        bits=bits,
+        group_size=group_size,
+        activation_bits=_checks.activation_bits(activation_bits, where),
+        clip_bits=None if clip_bits is None else _checks.integer("clip_bits", clip_bits, 1, bits, where),
+    )
+
+
+def compile_rules(rules: Mapping[str, int | Spec | None] | None, defaults: Widths) -> _paths.Patterns[Rule | None]:
+    """The `rules` of `quantize`: path patterns to what they say, None for "leave as it is"."""
+    patterns = _paths.compile_patterns("rules", rules or {})
+    return [(pattern, None if rule is None else _rule(pattern.pattern, rule, defaults)) for pattern, rule in patterns]
+
+
+def _rule(pattern: str, rule: int | Spec, defaults: Widths) -> Rule:
+    where = f"rule {pattern!r}"
+    spec = rule if isinstance(rule, Spec) else Spec(bits=rule)
+
+    def given(name: str) -> Any:
+        value = getattr(spec, name)
+        return getattr(defaults, name) if value is ... else value
+
+    return Rule(
+        widths=check_widths(
+            defaults.bits if spec.bits is None else spec.bits,
+            given("group_size"),
+            given("activation_bits"),
+            given("clip_bits"),
+            where,
+        ),
+        contract=_axes("contract", spec.contract, where),
+        stack=_axes("stack", spec.stack, where),
+    )
+
+
+def _axes(name: str, axes: Any, where: str) -> tuple[int, ...] | None:
+    if axes is None:
+        return None
+    if not isinstance(axes, (tuple, list)) or not all(isinstance(a, (int, np.integer)) for a in axes):
+        raise TypeError(f"`{name}` must be a tuple of axes, but got {axes!r} ({where}). Write one axis as (0,).")
+    return tuple(int(a) for a in axes)
+
+
+def plan(name: str, leaf: Any, uses: list[_uses.Use], rule: Rule) -> Plan:
+    """What a rule and the uses of a weight come to; raises with the weight's name where they do not fit."""
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        raise TypeError(f"a weight to quantize must be a float array, but {name} is {_describe(leaf)}.")
+    rank = leaf.ndim
+    layout = _uses.layout_of(leaf.shape, uses)
+    if layout is None:  # Flax's convention: the last axis is the output
+        layout = _uses.Layout(0, tuple(range(rank - 1)))
+    num_stack, contract_axes = layout.num_stack, layout.contract
+    if rule.stack is not None:
+        num_stack = len(rule.stack)
+        if rule.stack != tuple(range(num_stack)):
+            raise ValueError(f"`stack` must name leading axes (0, 1, ..), but got {rule.stack} ({name}).")
+        if rule.contract is None:
+            contract_axes = tuple(range(num_stack, rank - 1))
+    if rule.contract is not None:
+        contract_axes = tuple(a + rank if a < 0 else a for a in rule.contract)
+    if (
+        not contract_axes
+        or len(set(contract_axes)) < len(contract_axes)
+        or not all(num_stack <= a < rank for a in contract_axes)
+    ):
+        raise ValueError(
+            f"`contract` must name axes of the weight behind its stack axes, but got {contract_axes} for shape "
+            f"{leaf.shape} with {num_stack} stack axes ({name}). Leave the weight out with a rule of None, or name its "
+            "axes with a `Spec`."
+        )
+    if 0 in leaf.shape:
+        raise ValueError(f"a weight to quantize must not be empty, but {name} is {_describe(leaf)}.")
+    packed_contract = tuple(a - num_stack for a in contract_axes)
+    return Plan(
+        num_stack=num_stack,
+        contract_axes=packed_contract,
+        output_axes=tuple(a for a in range(rank - num_stack) if a not in packed_contract),
+        in_blocks=isinstance(leaf, np.ndarray) or (is_concrete(leaf) and len(leaf.sharding.device_set) == 1),
+        **dataclasses.asdict(rule.widths),
+    )
+
+
+def is_concrete(leaf: Any) -> bool:
+    """Whether a leaf is a JAX array whose values are known."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
