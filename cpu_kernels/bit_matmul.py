@@ -1,0 +1,127 @@
+"""The product in C++ on the CPU, through XLA's foreign function interface: one call is one product.
+
+The library is built when the package is installed, where there is a C++ compiler. It chooses instructions when it runs
+(AVX-512, AVX2, NEON, or portable C++), works on the threads of XLA, and reads the words where they lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+import cpu_kernels
+from pallas_kernels.bit_matmul import contract
+
+_TARGET = "pbjax_bit_matmul"
+_NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)  # row types that the library reads
+
+
+def missing(platform: str) -> str | None:
+    """Why the library cannot be called, or None."""
+    del platform
+    if _library() is None:
+        return "its C++ library was not built: install pbjax where there is a C++17 compiler"
+    return None
+
+
+def unsupported(problem: contract.Problem) -> str | None:
+    """Runs everything."""
+    del problem
+    return None
+
+
+def instructions() -> tuple[str, ...]:
+    """The sets of instructions that this machine can run, best first; empty without the library."""
+    library = _library()
+    if library is None:
+        return ()
+    names = library.PbjaxInstructions
+    names.restype = ctypes.c_char_p
+    return tuple(names().decode().split())
+
+
+def matmul(
+    problem: contract.Problem,
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    instructions: str = "",
+) -> jax.Array:
+    """The product of the contract, or of rows of floats as they come.
+
+    Args:
+      problem: the static facts.
+      x: as the contract has it; or, with fixed-point activations too, float[m, k], which is then quantized inside.
+        The result of float rows is the finished one: times the step of the row, NaN in rows that are not finite.
+      words: uint32[bits, ceil(k / 32), n].
+      scale: f32[min(bits, 4), groups, n].
+      bitlayers: int32[m].
+      instructions: one of `instructions()`, or "" for the best.
+
+    Returns:
+      f32[m, n].
+    """
+    return _call(problem, x, words, scale, bitlayers, prefixes=False, instructions=instructions)
+
+
+def prefixes(
+    problem: contract.Problem,
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    limit: jax.Array,
+    *,
+    instructions: str = "",
+) -> jax.Array:
+    """The product at every number of bitlayers up to `limit`, which reads each word once. f32[bits, m, n]."""
+    limits = jnp.asarray(limit, jnp.int32).reshape(1)
+    return _call(problem, x, words, scale, limits, prefixes=True, instructions=instructions)
+
+
+def _call(
+    problem: contract.Problem,
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    counts: jax.Array,
+    *,
+    prefixes: bool,
+    instructions: str,
+) -> jax.Array:
+    _register()
+    shape = (problem.bits,) * prefixes + (problem.m, problem.n)
+    if x.dtype not in (jnp.int32, *_NARROW):
+        x = x.astype(jnp.float32)
+    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return call(
+        x,
+        words,
+        scale,
+        counts.astype(jnp.int32),
+        group_size=problem.group_size or 0,
+        activation_bits=problem.activation_bits or 0,
+        prefixes=prefixes,
+        instructions=instructions,
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The library beside this module; an editable installation has it in another folder of the package."""
+    for folder in cpu_kernels.__path__:
+        for file in sorted(pathlib.Path(folder).glob("_native.*")):
+            return ctypes.CDLL(str(file))
+    return None
+
+
+@functools.cache
+def _register() -> None:
+    library = _library()
+    assert library is not None, "`missing` was not asked"
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.PbjaxBitMatmul), platform="cpu")

@@ -1,0 +1,99 @@
+// The inner loops of the product, one table for each set of instructions.
+//
+// Every table computes the same integers, so which one runs never shows in a fixed-point result. Code bytes hold
+// bitlayer 0 in their most significant bit, whatever the number of bitlayers: using fewer of them is a mask.
+#ifndef PBJAX_KERNELS_H_
+#define PBJAX_KERNELS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace pbjax {
+
+// A rectangle of packed words: `words` of k by `channels`, up to 8 bitlayers deep.
+struct WordBlock {
+  const uint32_t* data;  // bitlayer 0, first word of k, first channel
+  int64_t layer_stride;  // words between bitlayers
+  int64_t word_stride;   // words between consecutive words of k
+  int layers;            // 0..8
+  int64_t words;
+  int64_t channels;
+};
+
+// Rows of 8-bit limbs of activation codes; limb 0 is the most significant and signed, the others are unsigned.
+struct LimbRows {
+  const uint8_t* data;  // first row, limb 0, first k
+  int64_t row_stride;   // bytes
+  int64_t limb_stride;  // bytes
+  int limbs;
+  int64_t rows;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Code bytes of a block: codes[word][k / 4 of 8][width][k % 4], zero in channels..width. `width` is a multiple of 16.
+  void (*unpack)(const WordBlock& block, int64_t width, uint8_t* codes);
+
+  // sums[row][limb][channel] += sum_k limb[row][k] * (codes[k][channel] & mask), over all words of a block of codes.
+  void (*dot)(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const LimbRows& rows, int32_t* sums);
+
+  // sums[limb][channel] = sum_k limb[k] * code[k][channel] of one row, where a code has block.layers bits. Reads each
+  // word once, in runs of all channels. `limb_sums[limb]` is sum_k limb[k]; `scratch` has stream_scratch(...) bytes.
+  // Null where unpack and dot are as fast.
+  void (*stream)(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch,
+                 int32_t* sums, int64_t sums_stride);
+
+  // values[32 * word + k][channel] = v_b of contract.py's codes: `low` holds bitlayers 8.. and may be null.
+  void (*values)(const uint8_t* high, const uint8_t* low, int64_t words, int64_t width, int count, float* values);
+
+  // sums[row][channel] += sum_k x[row][k] * values[k][channel]. num_k is a multiple of 32.
+  void (*float_dot)(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
+                    int64_t rows, float* sums);
+
+  // One row to codes of `activation_bits`, split into limbs: as activations.quantize_rows. limbs[limb][padded_k],
+  // zeros past k. Returns false, and zero codes, where the row is not finite.
+  bool (*quantize)(const float* x, int64_t k, int64_t padded_k, int activation_bits, uint8_t* limbs,
+                   int64_t limb_stride, float* unit);
+
+  // One row of given codes to limbs.
+  void (*split)(const int32_t* codes, int64_t k, int64_t padded_k, int limbs, uint8_t* out, int64_t limb_stride);
+
+  // The sum of a run of limb bytes.
+  int32_t (*sum)(const uint8_t* limb, int64_t num_k, bool is_signed);
+
+  // Integers of one segment to float32, added to `total`: epilogue.combine_limbs.
+  void (*combine)(const struct Columns& columns, int64_t width, float* total);
+
+  // total + scale * 2**exponent * group_sum, of the only group (epilogue.scale_groups) or of several (add_group).
+  void (*scale_only)(const float* group_sum, const float* scale, float factor, int64_t channels, float* total);
+  void (*scale_add)(const float* group_sum, const float* scale, float factor, int64_t channels, float* total);
+
+  // y = total * unit + poison
+  void (*finish_row)(const float* total, float unit, float poison, int64_t channels, float* y);
+};
+
+// The limb sums of one row and one segment. Column 0 holds bitlayers 0..7, column 1 those from 8.
+struct Columns {
+  const int32_t* sums[2];      // [limb][width]: sum_k limb * (2**shift * code)
+  int shift[2];
+  int layers[2];               // bitlayers used; layers[1] may be 0
+  const int32_t* limb_sums;    // [limb]: sum_k limb
+  int limbs;
+};
+
+// int32 of scratch that `stream` needs for this many channels.
+constexpr int64_t StreamScratch(int64_t channels, int limbs) { return (channels + 15) / 16 * 64 * limbs; }
+
+// The tables that this program holds, best first, and whether this machine can run them.
+const Kernels* PortableKernels();
+const Kernels* Avx2Kernels();    // null where not compiled in or not supported by the machine
+const Kernels* Avx512Kernels();  // the same
+const Kernels* NeonKernels();    // the same
+
+// By name, "" for the best. Null if there is none of that name here.
+const Kernels* FindKernels(const char* name, size_t length);
+
+}  // namespace pbjax
+
+#endif  // PBJAX_KERNELS_H_

@@ -1,0 +1,4 @@
+#include "kernels.h"
+namespace pbjax {
+const Kernels* NeonKernels() { return nullptr; }
+}  // namespace pbjax
