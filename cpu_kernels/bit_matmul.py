@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 import cpu_kernels
 from pallas_kernels.bit_matmul import contract
@@ -95,20 +98,45 @@ def _call(
     instructions: str,
 ) -> jax.Array:
     _register()
-    shape = (problem.bits,) * prefixes + (problem.m, problem.n)
     if x.dtype not in (jnp.int32, *_NARROW):
         x = x.astype(jnp.float32)
-    call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
-    return call(
-        x,
-        words,
-        scale,
-        counts.astype(jnp.int32),
-        group_size=problem.group_size or 0,
-        activation_bits=problem.activation_bits or 0,
-        prefixes=prefixes,
-        instructions=instructions,
+    call = _partitioned(problem.group_size, problem.activation_bits, prefixes, instructions)
+    return call(x, words, scale, counts.astype(jnp.int32))
+
+
+@functools.cache
+def _partitioned(group_size: int | None, activation_bits: int | None, prefixes: bool, instructions: str) -> Callable:
+    """The call of the library, which XLA may split over devices by rows and by channels, but not along k."""
+
+    @custom_partitioning
+    def call(x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array) -> jax.Array:
+        bits, _, n = words.shape
+        shape = (bits,) * prefixes + (x.shape[0], n)
+        ffi_call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
+        return ffi_call(
+            x,
+            words,
+            scale,
+            counts,
+            group_size=group_size or 0,
+            activation_bits=activation_bits or 0,
+            prefixes=prefixes,
+            instructions=instructions,
+        )
+
+    def partition(mesh, arg_shapes, result_shape):
+        rows, channels = (tuple(result_shape.sharding.spec) + (None,) * 3)[prefixes : prefixes + 2]
+        specs = ((rows,), (None, None, channels), (None, None, channels), (None,) if prefixes else (rows,))
+        result = (None,) * prefixes + (rows, channels)
+        named = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in (*specs, result)]
+        return mesh, call, named[-1], tuple(named[:-1])
+
+    call.def_partition(
+        partition=partition,
+        sharding_rule="m k, b w n, s g n, one -> b m n" if prefixes else "m k, b w n, s g n, m -> m n",
+        need_replication_factors=("k", "b", "w", "s", "g") + ("one",) * prefixes,
     )
+    return call
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from cpu_kernels import bit_matmul as cpu
 from pallas_kernels.bit_matmul import mosaic, reference, triton, xla
 from pallas_kernels.bit_matmul.contract import Problem, Unsupported
 
@@ -35,6 +36,8 @@ class Backend:
       missing: what it lacks here to run on one of its platforms, or None; asked while tracing, never at import.
       platforms: those it is made for, as JAX names what it lowers for ("cpu", "cuda", ..); None for all.
       automatic: None if automatic choice may take it, or the reason why only those who name it get it.
+      whole: its functions take rows of floats as they come and do all of the product: they quantize the rows, multiply
+        by their steps, and poison those that are not finite.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Backend:
     missing: Callable[[str], str | None] = lambda platform: None
     platforms: tuple[str, ...] | None = None
     automatic: str | None = None
+    whole: bool = False
 
     def unavailable(self, platform: str) -> str | None:
         """Why it cannot run anything here on a platform, or None."""
@@ -102,6 +106,7 @@ BACKENDS = {
             platforms=("cuda",),
             automatic=_UNPROVEN,
         ),
+        _backend("cpu", cpu, missing=cpu.missing, platforms=("cpu",), whole=True),
         _backend("xla", xla),
         _backend("reference", reference, automatic="it is the oracle, written to be read and not to be fast"),
     )
@@ -145,7 +150,7 @@ def select_backend(problem: Problem, backend: str | None = None, *, platform: st
 
     Example:
       >>> problem = pbjax.Problem(m=1, k=64, n=10, bits=4, group_size=None, activation_bits=16)
-      >>> pbjax.select_backend(problem).name
+      >>> pbjax.select_backend(problem, platform="tpu").name
       'xla'
     """
     platform = platform or default_platform()

@@ -99,6 +99,8 @@ def _run_on(
 ) -> jax.Array:
     """Prepares the activations, runs the backend, and applies what belongs to each row."""
     run = functools.partial(backend.prefixes if prefixes else backend.matmul, problem)
+    if backend.whole:
+        return run(x, words, scale, counts)
     if problem.activation_bits is None:
         x, _, finite = activations.finite_rows(x)
         y = run(x, words, scale, counts)
