@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import pbjax
+from cpu_kernels import bit_matmul as cpu
 from pbjax import _backends
 
 PROBLEM = pbjax.Problem(m=2, k=40, n=3, bits=4, group_size=None, activation_bits=8)
+# What runs on the machine of the tests where nobody chooses.
+AUTOMATIC = "cpu" if cpu.instructions() and jax.default_backend() == "cpu" else "xla"
 VARIABLE = _backends.ENVIRONMENT_VARIABLE
 
 
@@ -49,8 +52,9 @@ def weight(k=40):
 
 def test_automatic_is_the_first_that_can():
     selection = pbjax.select_backend(PROBLEM)
-    assert (selection.name, selection.reason) == ("xla", "the first in order of preference that can run it")
-    assert [name for name, _ in selection.rejected] == ["mosaic", "triton"]
+    assert (selection.name, selection.reason) == (AUTOMATIC, "the first in order of preference that can run it")
+    rejected = [name for name, _ in selection.rejected]
+    assert rejected == ["mosaic", "triton"] + ["cpu"] * (AUTOMATIC == "xla")
 
 
 def test_last_automatic_backend_runs_everything():
@@ -66,7 +70,7 @@ def test_last_automatic_backend_runs_everything():
 def test_automatic_passes_over_what_is_unsupported(spy):
     assert pbjax.select_backend(PROBLEM).name == "spy"
     selection = pbjax.select_backend(dataclasses.replace(PROBLEM, k=100))
-    assert selection.name == "xla"
+    assert selection.name == AUTOMATIC
     assert selection.rejected[0] == ("spy", "k is 100 or more")
 
 
@@ -84,6 +88,18 @@ def test_explicit_choice_runs_or_raises(spy, monkeypatch):
     with pytest.raises(pbjax.Unsupported, match="k is 100 or more"):
         pbjax.matmul(jnp.ones((2, 100)), weight(100), backend="spy")
     assert not spy
+
+
+def test_cpu_backend_without_its_library(monkeypatch):
+    """Whoever names it learns why it is missing; the automatic choice passes it over, for the same reason."""
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    reason = "its C++ library was not built: install pbjax where there is a C++17 compiler"
+    selection = pbjax.select_backend(PROBLEM, platform="cpu")
+    assert selection.name == "xla"
+    assert dict(selection.rejected)["cpu"] == reason
+    with pytest.raises(pbjax.Unsupported, match=f"backend 'cpu', chosen by the argument `backend`, .*{re.escape(reason)}"):
+        pbjax.select_backend(PROBLEM, "cpu", platform="cpu")
+    assert cpu.instructions() == ()
 
 
 def test_nothing_can_run_it(monkeypatch, spy):
@@ -114,7 +130,7 @@ def test_argument_before_context_before_environment(monkeypatch, spy):
 def test_context_is_left_by_an_error():
     with pytest.raises(ZeroDivisionError), pbjax.use_backend("reference"):
         raise ZeroDivisionError
-    assert pbjax.select_backend(PROBLEM).name == "xla"
+    assert pbjax.select_backend(PROBLEM).name == AUTOMATIC
 
 
 def test_context_is_part_of_the_key_of_jit(spy):
@@ -214,7 +230,8 @@ def by_platform(monkeypatch):
         )
 
     backends = {"cpu": constant("cpu", 1.0), "cuda": constant("cuda", 2.0)}
-    monkeypatch.setattr(_backends, "BACKENDS", {**backends, **_backends.BACKENDS})
+    others = {name: backend for name, backend in _backends.BACKENDS.items() if name not in backends}
+    monkeypatch.setattr(_backends, "BACKENDS", {**backends, **others})
 
 
 def test_platform_is_chosen_when_a_product_is_lowered(by_platform):

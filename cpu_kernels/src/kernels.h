@@ -38,6 +38,11 @@ struct Kernels {
   // sums[row][limb][channel] += sum_k limb[row][k] * (codes[k][channel] & mask), over all words of a block of codes.
   void (*dot)(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const LimbRows& rows, int32_t* sums);
 
+  // The same for every mask of 1..layers bits at once: sums[layers used - 1][row][limb][channel]. Null where as many
+  // calls of dot are as fast.
+  void (*dot_prefixes)(const uint8_t* codes, int64_t words, int64_t width, int layers, const LimbRows& rows,
+                       int32_t* sums);
+
   // sums[limb][channel] = sum_k limb[k] * code[k][channel] of one row, where a code has block.layers bits. Reads each
   // word once, in runs of all channels. `limb_sums[limb]` is sum_k limb[k]; `scratch` has stream_scratch(...) bytes.
   // Null where unpack and dot are as fast.

@@ -314,17 +314,16 @@ inline void DotPanel(const uint8_t* codes, int64_t words, int64_t width, Vector 
   }
 }
 
+// All rows in panels of kRows, what is left in smaller ones.
 template <int kLimbs, int kRows, int kVectors>
-void DotRows(const uint8_t* codes, int64_t words, int64_t width, Vector mask, const LimbRows& rows, int32_t* sums) {
-  LimbRows part = rows;
-  int64_t row = 0;
-  for (; row + kRows <= rows.rows; row += kRows) {
-    part.data = rows.data + row * rows.row_stride;
-    DotPanel<kLimbs, kRows, kVectors>(codes, words, width, mask, part, sums + row * kLimbs * width);
+void DotRows(const uint8_t* codes, int64_t words, int64_t width, Vector mask, LimbRows rows, int32_t* sums) {
+  for (; rows.rows >= kRows; rows.rows -= kRows) {
+    DotPanel<kLimbs, kRows, kVectors>(codes, words, width, mask, rows, sums);
+    rows.data += kRows * rows.row_stride;
+    sums += kRows * kLimbs * width;
   }
-  for (; row < rows.rows; ++row) {
-    part.data = rows.data + row * rows.row_stride;
-    DotPanel<kLimbs, 1, kVectors>(codes, words, width, mask, part, sums + row * kLimbs * width);
+  if constexpr (kRows > 1) {
+    if (rows.rows > 0) DotRows<kLimbs, kRows - 1, kVectors>(codes, words, width, mask, rows, sums);
   }
 }
 
@@ -360,6 +359,61 @@ void Dot(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const
   if (rows.limbs == 1) DotLimbs<1>(codes, words, width, masks, rows, sums);
   if (rows.limbs == 2) DotLimbs<2>(codes, words, width, masks, rows, sums);
   if (rows.limbs == 3) DotLimbs<3>(codes, words, width, masks, rows, sums);
+}
+
+// One row by 16 channels at every mask of codes. Unlike DotPanel it takes codes from 128 on as negative numbers next to
+// an unsigned limb: each is 256 too small, and so twice what the mask of one bit sums is too little.
+template <int kLimbs, int kLayers>
+inline void PrefixPanel(const uint8_t* codes, int64_t words, int64_t width, const LimbRows& row, int64_t sums_stride,
+                        int32_t* sums) {
+  Vector total[kLayers][kLimbs];
+  for (int b = 0; b < kLayers; ++b) {
+    for (int limb = 0; limb < kLimbs; ++limb) total[b][limb] = _mm512_setzero_si512();
+  }
+  for (int64_t quad = 0; quad < 8 * words; ++quad) {
+    const Vector code = _mm512_loadu_si512(codes + quad * width * 4);
+    Vector q[kLimbs];
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      int32_t four;
+      __builtin_memcpy(&four, row.data + limb * row.limb_stride + 4 * quad, 4);
+      q[limb] = _mm512_set1_epi32(four);
+    }
+    for (int b = 0; b < kLayers; ++b) {
+      const Vector masked = _mm512_and_si512(code, _mm512_set1_epi8(static_cast<char>(0xFF00 >> (b + 1))));
+      total[b][0] = _mm512_dpbusd_epi32(total[b][0], masked, q[0]);
+      for (int limb = 1; limb < kLimbs; ++limb) total[b][limb] = _mm512_dpbusd_epi32(total[b][limb], q[limb], masked);
+    }
+  }
+  for (int limb = 0; limb < kLimbs; ++limb) {
+    const Vector lost = limb == 0 ? _mm512_setzero_si512() : _mm512_slli_epi32(total[0][limb], 1);
+    for (int b = 0; b < kLayers; ++b) {
+      int32_t* out = sums + b * sums_stride + limb * width;
+      const Vector sum = _mm512_sub_epi32(total[b][limb], lost);
+      _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sum));
+    }
+  }
+}
+
+template <int kLimbs, int kLayers>
+void PrefixRows(const uint8_t* codes, int64_t words, int64_t width, int layers, const LimbRows& rows, int32_t* sums) {
+  if constexpr (kLayers > 1) {
+    if (layers < kLayers) return PrefixRows<kLimbs, kLayers - 1>(codes, words, width, layers, rows, sums);
+  }
+  LimbRows row = rows;
+  for (int64_t c = 0; c < width; c += 16) {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      row.data = rows.data + r * rows.row_stride;
+      PrefixPanel<kLimbs, kLayers>(codes + 4 * c, words, width, row, rows.rows * kLimbs * width,
+                                   sums + r * kLimbs * width + c);
+    }
+  }
+}
+
+void DotPrefixes(const uint8_t* codes, int64_t words, int64_t width, int layers, const LimbRows& rows,
+                 int32_t* sums) {
+  if (rows.limbs == 1) PrefixRows<1, 8>(codes, words, width, layers, rows, sums);
+  if (rows.limbs == 2) PrefixRows<2, 8>(codes, words, width, layers, rows, sums);
+  if (rows.limbs == 3) PrefixRows<3, 8>(codes, words, width, layers, rows, sums);
 }
 
 // Floats.
@@ -432,8 +486,8 @@ void FloatDot(const float* values, int64_t num_k, int64_t width, const float* x,
 }  // namespace
 
 const Kernels* Avx512Kernels() {
-  static const Kernels kernels = {"avx512", Unpack, Dot,       Stream,   Values,  FloatDot, Quantize,
-                                  Split,    Sum,    Combine,   ScaleOnly, ScaleAdd, FinishRow};
+  static const Kernels kernels = {"avx512", Unpack, Dot, DotPrefixes, Stream,   Values,   FloatDot,
+                                  Quantize, Split,  Sum, Combine,     ScaleOnly, ScaleAdd, FinishRow};
   static const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                 __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");

@@ -21,6 +21,7 @@ constexpr int64_t kMaxPanelBytes = 32 << 20;   // of prepared activations
 constexpr int64_t kCodeBytes = 64 << 10;       // of one block of codes: second-level cache
 constexpr int64_t kValueBytes = 32 << 10;      // of one block of float weights: first-level cache
 constexpr int64_t kStreamChannels = 1024;      // their sums fill the first-level cache
+constexpr int64_t kPrepareWork = 1 << 14;      // activations that one task prepares
 constexpr int64_t kSerialWork = 1 << 15;       // words times rows below which one thread is enough
 
 // Memory that a thread keeps from call to call.
@@ -179,13 +180,16 @@ class Product {
     const int64_t num_values = limbs_ == 0 ? rows * padded_k_ : 0;
     scratch.Start(Scratch::Bytes<uint8_t>(limb_bytes) + Scratch::Bytes<int32_t>(num_sums) +
                   Scratch::Bytes<float>(num_values) + 2 * Scratch::Bytes<float>(rows));
-    Panel panel = {rows, source, counts};
+    Panel panel = {};
+    panel.rows = rows;
+    panel.source = source;
+    panel.counts = counts;
     panel.limbs = scratch.Take<uint8_t>(limb_bytes);
     panel.limb_sums = scratch.Take<int32_t>(num_sums);
     panel.values = scratch.Take<float>(num_values);
     panel.unit = scratch.Take<float>(rows);
     panel.poison = scratch.Take<float>(rows);
-    const int64_t rows_per_task = std::max<int64_t>(1, kSerialWork / std::max<int64_t>(1, padded_k_));
+    const int64_t rows_per_task = std::max<int64_t>(1, kPrepareWork / std::max<int64_t>(1, padded_k_));
     const int64_t tasks = (rows + rows_per_task - 1) / rows_per_task;
     ParallelFor(scheduler_, tasks, [&](int64_t task) {
       const int64_t stop = std::min(rows, (task + 1) * rows_per_task);
@@ -374,6 +378,11 @@ class Product {
         for (int64_t word = segment.start; word < segment.stop; word += block_words) {
           const int64_t stop = std::min(word + block_words, segment.stop);
           kernels_.unpack(Words(column, block.layers[column], word, stop, first_channel, channels), width, codes);
+          if (problem_.prefixes && kernels_.dot_prefixes != nullptr) {
+            kernels_.dot_prefixes(codes, stop - word, width, block.layers[column], limb_rows(0, block.rows, word),
+                                  sums[column]);
+            continue;
+          }
           for (const MaskedRows& run : block.columns[column]) {
             kernels_.dot(codes, stop - word, width, static_cast<uint8_t>(0xFF00u >> run.layers),
                          limb_rows(run.first_row, run.rows, word), sums[column] + run.first_sum * limbs_ * width);

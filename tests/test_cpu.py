@@ -1,0 +1,105 @@
+"""The C++ backend beyond the table of cases: every set of instructions, threads, and calls as XLA makes them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pbjax
+from cpu_kernels import bit_matmul as cpu
+from pallas_kernels.bit_matmul import xla
+from tests.test_product import Case, operands
+
+# Where it has to be there, as in CI, a build that failed is no run of skipped tests.
+EXPECTED = bool(os.environ.get("PBJAX_EXPECT_CPU"))
+pytestmark = pytest.mark.skipif(not cpu.instructions() and not EXPECTED, reason=str(cpu.missing("cpu")))
+
+
+def test_it_was_built():
+    assert cpu.missing("cpu") is None
+    assert cpu.instructions()[-1] == "portable"
+
+
+# Wider and deeper than the table of all backends: several blocks of channels and of words, full and partial.
+CASES = (
+    Case(bits=8, bitlayers=8, m=1, k=1100, n=1100),
+    Case(bits=2, bitlayers=2, m=1, k=4100, n=77, group_size=1024),
+    Case(bits=13, bitlayers=11, m=1, k=1100, n=1100, activation_bits=8),
+    Case(bits=16, bitlayers="mixed", m=9, k=1100, n=650, activation_bits=24),
+    Case(bits=4, bitlayers=3, m=150, k=300, n=200, group_size=128),
+    Case(bits=9, bitlayers="mixed", m=300, k=100, n=40, activation_bits=7),
+)
+
+
+@pytest.mark.parametrize("instructions", cpu.instructions())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_large_blocks_are_exact(case, instructions):
+    """To the last bit as `xla`, for each set of instructions."""
+    given = operands(case)
+    args = given.q, given.words, given.scale, given.counts
+    y = jax.jit(functools.partial(cpu.matmul, case.problem, instructions=instructions))(*args)
+    np.testing.assert_array_equal(y, jax.jit(functools.partial(xla.matmul, case.problem))(*args))
+
+
+@pytest.mark.parametrize("instructions", cpu.instructions())
+def test_sweep_of_large_blocks_is_exact(instructions):
+    case = Case(bits=8, bitlayers=8, m=2, k=1100, n=1100)
+    given = operands(case)
+    args = given.q, given.words, given.scale, jnp.int32(8)
+    y = jax.jit(functools.partial(cpu.prefixes, case.problem, instructions=instructions))(*args)
+    np.testing.assert_array_equal(y, jax.jit(functools.partial(xla.prefixes, case.problem))(*args))
+
+
+def test_rows_of_floats_are_finished_inside():
+    """As the activations and the epilogue in JAX, to the last bit, for rows of all sizes and dtypes."""
+    w = pbjax.quantize({"w": jax.random.normal(jax.random.key(0), (200, 33))}, 8, group_size=64)["w"]
+    x = jax.random.normal(jax.random.key(1), (6, 200)) * np.array([1, 3e-38, 1e-30, 1e20, 3e38, 0], np.float32)[:, None]
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        rows = x.astype(dtype)
+        for bits in (2, 8, 16, 24):
+            run = functools.partial(pbjax.matmul, rows, w, activation_bits=bits, preferred_element_type=jnp.float32)
+            np.testing.assert_array_equal(run(backend="cpu"), run(backend="xla"))
+
+
+def test_calls_from_eight_threads_give_the_same_bits():
+    """At once, on XLA's one pool of threads, large and small products, many times."""
+    cases = [Case(bits=8, bitlayers=5, m=m, k=512, n=n) for m in (1, 3) for n in (40, 2048)]
+    given = [operands(case) for case in cases]
+    runs = [jax.jit(functools.partial(cpu.matmul, case.problem)) for case in cases]
+    expected = [np.asarray(run(o.q, o.words, o.scale, o.counts)) for run, o in zip(runs, given, strict=True)]
+
+    def work(thread):
+        for i in range(60):
+            which = (thread + i) % len(cases)
+            o = given[which]
+            y = runs[which](o.q, o.words, o.scale, o.counts)
+            np.testing.assert_array_equal(y, expected[which])
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_unknown_instructions_are_an_error():
+    case = dataclasses.replace(CASES[0], k=40, n=3)
+    given = operands(case)
+    with pytest.raises(Exception, match="no kernels named sse1"):
+        jax.block_until_ready(
+            cpu.matmul(case.problem, given.q, given.words, given.scale, given.counts, instructions="sse1")
+        )
+
+
+def test_counts_out_of_range_read_nothing_beyond():
+    """`matmul` of pbjax clips them; the library does not rely on it."""
+    case = Case(bits=3, bitlayers=3, m=4, k=40, n=5)
+    given = operands(case)
+    run = functools.partial(cpu.matmul, case.problem, given.q, given.words, given.scale)
+    y = run(np.array([-7, 0, 99, 2**31 - 1], np.int32))
+    np.testing.assert_array_equal(y, run(np.array([1, 1, 3, 3], np.int32)))
