@@ -97,7 +97,9 @@ def test_cpu_backend_without_its_library(monkeypatch):
     selection = pbjax.select_backend(PROBLEM, platform="cpu")
     assert selection.name == "xla"
     assert dict(selection.rejected)["cpu"] == reason
-    with pytest.raises(pbjax.Unsupported, match=f"backend 'cpu', chosen by the argument `backend`, .*{re.escape(reason)}"):
+    with pytest.raises(
+        pbjax.Unsupported, match=f"backend 'cpu', chosen by the argument `backend`, .*{re.escape(reason)}"
+    ):
         pbjax.select_backend(PROBLEM, "cpu", platform="cpu")
     assert cpu.instructions() == ()
 

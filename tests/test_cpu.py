@@ -59,7 +59,7 @@ def test_sweep_of_large_blocks_is_exact(instructions):
 
 def test_rows_of_floats_are_finished_inside():
     """As the activations and the epilogue in JAX, to the last bit, for rows of all sizes and dtypes."""
-    w = pbjax.quantize({"w": jax.random.normal(jax.random.key(0), (200, 33))}, 8, group_size=64)["w"]
+    w = pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (200, 33))}, 8, group_size=64)["kernel"]
     x = jax.random.normal(jax.random.key(1), (6, 200)) * np.array([1, 3e-38, 1e-30, 1e20, 3e38, 0], np.float32)[:, None]
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         rows = x.astype(dtype)

@@ -159,7 +159,7 @@ MATMUL = {
     "unknown backend": (
         lambda: pbjax.matmul(X, W, backend="cuda"),
         ValueError,
-        r"`backend` must be one of mosaic, triton, xla, .*but got 'cuda' from the argument `backend`\.",
+        r"`backend` must be one of mosaic, triton, cpu, xla, .*but got 'cuda' from the argument `backend`\.",
     ),
 }
 
@@ -167,7 +167,7 @@ BACKENDS = {
     "argument": (
         lambda: pbjax.select_backend(PROBLEM, "numpy"),
         ValueError,
-        r"`backend` must be one of mosaic, triton, xla, .*reference, but got 'numpy' from the argument `backend`\.",
+        r"`backend` must be one of mosaic, triton, cpu, xla, .*but got 'numpy' from the argument `backend`\.",
     ),
     "empty argument": (
         lambda: pbjax.select_backend(PROBLEM, ""),

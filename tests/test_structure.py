@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import cpu_kernels
 import pallas_kernels
 import pbjax
 
-PACKAGES = {package.__name__: pathlib.Path(package.__file__).parent for package in (pbjax, pallas_kernels)}
+PACKAGES = {package.__name__: pathlib.Path(package.__file__).parent for package in (pbjax, pallas_kernels, cpu_kernels)}
 FILES = [(name, file) for name, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
 
 # What a package may import besides the standard library. jaxlib comes with JAX and holds MLIR, which Mosaic needs.
 ALLOWED = {
     "pallas_kernels": {"jax", "jaxlib", "numpy", "pallas_kernels"},
-    "pbjax": {"jax", "numpy", "rich", "pallas_kernels", "pbjax"},
+    "cpu_kernels": {"jax", "numpy", "pallas_kernels", "cpu_kernels"},
+    "pbjax": {"jax", "numpy", "rich", "pallas_kernels", "cpu_kernels", "pbjax"},
 }
 FLAX_FILES = {"linen.py", "nnx.py"}  # the only ones that know a module library
 
@@ -68,7 +70,7 @@ def test_the_walk_finds_imports():
 def test_import_touches_no_device():
     """Neither a backend nor a device exists after `import pbjax`; asking for one then shows that the check can fail."""
     code = """
-import pbjax, pallas_kernels
+import pbjax, pallas_kernels, cpu_kernels
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 import sys

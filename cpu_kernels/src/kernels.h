@@ -32,7 +32,8 @@ struct LimbRows {
 struct Kernels {
   const char* name;
 
-  // Code bytes of a block: codes[word][k / 4 of 8][width][k % 4], zero in channels..width. `width` is a multiple of 16.
+  // Code bytes of a block: codes[channel / 16][word][k / 4 of 8][channel % 16][k % 4], zero in channels..width. Widths are
+  // multiples of 16. What one loop over k reads lies in one run, whatever the width: no lines compete for a cache set.
   void (*unpack)(const WordBlock& block, int64_t width, uint8_t* codes);
 
   // sums[row][limb][channel] += sum_k limb[row][k] * (codes[k][channel] & mask), over all words of a block of codes.
@@ -49,10 +50,10 @@ struct Kernels {
   void (*stream)(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch,
                  int32_t* sums, int64_t sums_stride);
 
-  // values[32 * word + k][channel] = v_b of contract.py's codes: `low` holds bitlayers 8.. and may be null.
+  // values[channel / 16][32 * word + k][channel % 16] = v_b of contract.py's codes; `low` holds bitlayers 8.. or is null.
   void (*values)(const uint8_t* high, const uint8_t* low, int64_t words, int64_t width, int count, float* values);
 
-  // sums[row][channel] += sum_k x[row][k] * values[k][channel]. num_k is a multiple of 32.
+  // sums[row][channel] += sum_k x[row][k] * values[..][k][..]. num_k is a multiple of 32.
   void (*float_dot)(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
                     int64_t rows, float* sums);
 

@@ -10,12 +10,40 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__GFNI__)
 #include <immintrin.h>
 
+#include <utility>
+
 namespace pbjax {
 #include "common_kernels.h"
 
 namespace {
 
 using Vector = __m512i;
+
+// body(0), .., body(kCount - 1) written out, with numbers that are constants: compilers keep arrays in registers only if
+// no loop is left to index them.
+#define PBJAX_INLINE __attribute__((always_inline))
+
+template <typename Body, int... kIndex>
+PBJAX_INLINE inline void UnrollSequence(const Body& body, std::integer_sequence<int, kIndex...>) {
+  (body(std::integral_constant<int, kIndex>()), ...);
+}
+
+template <int kCount, typename Body>
+PBJAX_INLINE inline void Unroll(const Body& body) {
+  UnrollSequence(body, std::make_integer_sequence<int, kCount>());
+}
+
+// sum + the products of 4 unsigned and 4 signed bytes, in each 32-bit lane. As an instruction, since compilers copy
+// registers around the intrinsic: GCC 12 takes twice the time for a sweep.
+PBJAX_INLINE inline void AddProducts(Vector& sum, Vector of_unsigned, Vector of_signed) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(of_unsigned), "v"(of_signed));
+}
+
+PBJAX_INLINE inline Vector BroadcastFour(const uint8_t* bytes) {
+  int32_t four;
+  __builtin_memcpy(&four, bytes, 4);
+  return _mm512_set1_epi32(four);
+}
 
 inline Vector Transpose(Vector bits) {
   return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), bits, 0);
@@ -117,38 +145,40 @@ void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row
     const __mmask16 mask = left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
     int32_t* memory = scratch + c * L::kSums * kLimbs;
     Vector sums[kLimbs][L::kSums];
-    for (int limb = 0; limb < kLimbs; ++limb) {
-      for (int s = 0; s < L::kSums; ++s) sums[limb][s] = _mm512_load_si512(memory + 16 * (limb * L::kSums + s));
-    }
-    for (int w = 0; w < kWords; ++w) {
+    Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
+      Unroll<L::kSums>([&](auto i) PBJAX_INLINE {
+        sums[limb][i] = _mm512_load_si512(memory + 16 * (limb * L::kSums + i));
+      });
+    });
+    Unroll<kWords>([&](auto w) PBJAX_INLINE {
       const uint32_t* words = data + w * block.word_stride + c;
-      for (int i = 0; i < kLayers; ++i) {
+      Unroll<kLayers>([&](auto i) PBJAX_INLINE {
         _mm_prefetch(reinterpret_cast<const char*>(words + i * block.layer_stride + ahead), _MM_HINT_T1);
-      }
+      });
       Vector interleaved[L::kRegisters];
       Interleave<kLayers>(words, block.layer_stride, mask, interleaved);
-      for (int reg = 0; reg < L::kRegisters; ++reg) {
+      Unroll<L::kRegisters>([&](auto reg) PBJAX_INLINE {
         const Vector merged = Transpose(interleaved[reg]);
-        for (int piece = 0; piece < L::kPieces; ++piece) {
+        Unroll<L::kPieces>([&](auto piece) PBJAX_INLINE {
+          constexpr int kSum = L::SumOf(reg, piece), kOperand = L::Operand(reg, piece);
           Vector code = merged;
           if constexpr (kDepth < 8) {
             code = _mm512_and_si512(_mm512_srli_epi16(merged, 8 - kDepth * (piece + 1)),
                                     _mm512_set1_epi8((1 << kDepth) - 1));
           }
-          Vector* sum = &sums[0][L::SumOf(reg, piece)];
-          const Vector* operand = &operands[w][0][L::Operand(reg, piece)];
-          *sum = _mm512_dpbusd_epi32(*sum, code, *operand);
+          AddProducts(sums[0][kSum], code, operands[w][0][kOperand]);
           if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
-          for (int limb = 1; limb < kLimbs; ++limb) {
-            Vector& lower = sums[limb][L::SumOf(reg, piece)];
-            lower = _mm512_dpbusd_epi32(lower, operands[w][limb][L::Operand(reg, piece)], code);
-          }
-        }
-      }
-    }
-    for (int limb = 0; limb < kLimbs; ++limb) {
-      for (int s = 0; s < L::kSums; ++s) _mm512_store_si512(memory + 16 * (limb * L::kSums + s), sums[limb][s]);
-    }
+          Unroll<kLimbs - 1>([&](auto i) PBJAX_INLINE {
+            AddProducts(sums[i + 1][kSum], operands[w][i + 1][kOperand], code);
+          });
+        });
+      });
+    });
+    Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
+      Unroll<L::kSums>([&](auto i) PBJAX_INLINE {
+        _mm512_store_si512(memory + 16 * (limb * L::kSums + i), sums[limb][i]);
+      });
+    });
   }
 }
 
@@ -221,7 +251,7 @@ void UnpackLayers(const WordBlock& block, int64_t width, uint8_t* codes) {
       const __mmask16 mask = left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
       Vector interleaved[L::kRegisters];
       Interleave<kLayers>(block.data + word * block.word_stride + c, block.layer_stride, mask, interleaved);
-      uint8_t* out = codes + (word * 8 * width + c) * 4;
+      uint8_t* out = codes + (c / 16 * block.words + word) * 512;
       Vector piece[8];
       for (int reg = 0; reg < L::kRegisters; ++reg) {
         const Vector merged = Transpose(interleaved[reg]);
@@ -233,7 +263,7 @@ void UnpackLayers(const WordBlock& block, int64_t width, uint8_t* codes) {
         }
       }
       // Quads of k, each with 16 channels in order.
-      const auto store = [&](int quad, Vector value) { _mm512_storeu_si512(out + quad * 4 * width, value); };
+      const auto store = [&](int quad, Vector value) { _mm512_storeu_si512(out + 64 * quad, value); };
       if constexpr (kDepth <= 2) {
         for (int i = 0; i < 4; ++i) {  // 8 k of 16 channels
           const __m512 a = _mm512_castsi512_ps(piece[i]), b = _mm512_castsi512_ps(piece[i + 4]);
@@ -261,7 +291,7 @@ void UnpackLayers(const WordBlock& block, int64_t width, uint8_t* codes) {
     }
     for (int64_t c = (block.channels + 15) / 16 * 16; c < width; c += 16) {
       for (int quad = 0; quad < 8; ++quad) {
-        _mm512_storeu_si512(codes + ((word * 8 + quad) * width + c) * 4, _mm512_setzero_si512());
+        _mm512_storeu_si512(codes + (c / 16 * block.words + word) * 512 + 64 * quad, _mm512_setzero_si512());
       }
     }
   }
@@ -276,42 +306,42 @@ void Unpack(const WordBlock& block, int64_t width, uint8_t* codes) {
 
 // kRows rows by kVectors * 16 channels, sums in registers over all k of the block.
 template <int kLimbs, int kRows, int kVectors>
-inline void DotPanel(const uint8_t* codes, int64_t words, int64_t width, Vector mask, const LimbRows& rows,
-                     int32_t* sums) {
-  Vector total[kRows][kLimbs][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int limb = 0; limb < kLimbs; ++limb) {
-      for (int v = 0; v < kVectors; ++v) {
-        total[r][limb][v] = _mm512_loadu_si512(sums + (r * kLimbs + limb) * width + 16 * v);
-      }
-    }
-  }
+void DotPanel(const uint8_t* codes, int64_t words, int64_t width, Vector mask, const LimbRows& rows, int32_t* sums) {
+  Vector total[kLimbs][kRows][kVectors];
+  Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
+    Unroll<kRows>([&](auto r) PBJAX_INLINE {
+      Unroll<kVectors>([&](auto v) PBJAX_INLINE {
+        total[limb][r][v] = _mm512_loadu_si512(sums + (r * kLimbs + limb) * width + 16 * v);
+      });
+    });
+  });
   const uint8_t* bytes = rows.data;
+  const int64_t row_stride = rows.row_stride, limb_stride = rows.limb_stride;
   for (int64_t quad = 0; quad < 8 * words; ++quad) {
-    Vector code[kVectors], shifted[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      code[v] = _mm512_and_si512(_mm512_loadu_si512(codes + (quad * width + 16 * v) * 4), mask);
-      if constexpr (kLimbs > 1) shifted[v] = _mm512_xor_si512(code[v], _mm512_set1_epi8(-128));
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int limb = 0; limb < kLimbs; ++limb) {
-        int32_t four;
-        __builtin_memcpy(&four, bytes + r * rows.row_stride + limb * rows.limb_stride + 4 * quad, 4);
-        const Vector q = _mm512_set1_epi32(four);
-        for (int v = 0; v < kVectors; ++v) {
-          Vector& sum = total[r][limb][v];
-          sum = limb == 0 ? _mm512_dpbusd_epi32(sum, code[v], q) : _mm512_dpbusd_epi32(sum, q, shifted[v]);
-        }
+    Vector code[kVectors];
+    Unroll<kVectors>([&](auto v) PBJAX_INLINE {
+      code[v] = _mm512_and_si512(_mm512_loadu_si512(codes + v * 512 * words + 64 * quad), mask);
+    });
+    Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
+      if constexpr (limb == 1) {
+        Unroll<kVectors>([&](auto v) PBJAX_INLINE { code[v] = _mm512_xor_si512(code[v], _mm512_set1_epi8(-128)); });
       }
-    }
+      Unroll<kRows>([&](auto r) PBJAX_INLINE {
+        const Vector q = BroadcastFour(bytes + r * row_stride + limb * limb_stride + 4 * quad);
+        Unroll<kVectors>([&](auto v) PBJAX_INLINE {
+          Vector& sum = total[limb][r][v];
+          AddProducts(sum, limb == 0 ? code[v] : q, limb == 0 ? q : code[v]);
+        });
+      });
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int limb = 0; limb < kLimbs; ++limb) {
-      for (int v = 0; v < kVectors; ++v) {
-        _mm512_storeu_si512(sums + (r * kLimbs + limb) * width + 16 * v, total[r][limb][v]);
-      }
-    }
-  }
+  Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
+    Unroll<kRows>([&](auto r) PBJAX_INLINE {
+      Unroll<kVectors>([&](auto v) PBJAX_INLINE {
+        _mm512_storeu_si512(sums + (r * kLimbs + limb) * width + 16 * v, total[limb][r][v]);
+      });
+    });
+  });
 }
 
 // All rows in panels of kRows, what is left in smaller ones.
@@ -350,8 +380,8 @@ void DotLimbs(const uint8_t* codes, int64_t words, int64_t width, Vector mask, c
   }
   constexpr int kRows = 6 / kLimbs;  // 24 registers of sums
   int64_t c = 0;
-  for (; c + 64 <= width; c += 64) DotRows<kLimbs, kRows, 4>(codes + 4 * c, words, width, mask, rows, sums + c);
-  for (; c < width; c += 16) DotRows<kLimbs, kRows, 1>(codes + 4 * c, words, width, mask, rows, sums + c);
+  for (; c + 64 <= width; c += 64) DotRows<kLimbs, kRows, 4>(codes + c * 32 * words, words, width, mask, rows, sums + c);
+  for (; c < width; c += 16) DotRows<kLimbs, kRows, 1>(codes + c * 32 * words, words, width, mask, rows, sums + c);
 }
 
 void Dot(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const LimbRows& rows, int32_t* sums) {
@@ -364,34 +394,34 @@ void Dot(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const
 // One row by 16 channels at every mask of codes. Unlike DotPanel it takes codes from 128 on as negative numbers next to
 // an unsigned limb: each is 256 too small, and so twice what the mask of one bit sums is too little.
 template <int kLimbs, int kLayers>
-inline void PrefixPanel(const uint8_t* codes, int64_t words, int64_t width, const LimbRows& row, int64_t sums_stride,
-                        int32_t* sums) {
+void PrefixPanel(const uint8_t* codes, int64_t words, int64_t width, const LimbRows& row, int64_t sums_stride,
+                 int32_t* sums) {
   Vector total[kLayers][kLimbs];
-  for (int b = 0; b < kLayers; ++b) {
-    for (int limb = 0; limb < kLimbs; ++limb) total[b][limb] = _mm512_setzero_si512();
-  }
+  Unroll<kLayers>([&](auto b) PBJAX_INLINE {
+    Unroll<kLimbs>([&](auto limb) PBJAX_INLINE { total[b][limb] = _mm512_setzero_si512(); });
+  });
+  const uint8_t* bytes = row.data;
+  const int64_t limb_stride = row.limb_stride;
   for (int64_t quad = 0; quad < 8 * words; ++quad) {
-    const Vector code = _mm512_loadu_si512(codes + quad * width * 4);
+    const Vector code = _mm512_loadu_si512(codes + 64 * quad);
     Vector q[kLimbs];
-    for (int limb = 0; limb < kLimbs; ++limb) {
-      int32_t four;
-      __builtin_memcpy(&four, row.data + limb * row.limb_stride + 4 * quad, 4);
-      q[limb] = _mm512_set1_epi32(four);
-    }
-    for (int b = 0; b < kLayers; ++b) {
+    Unroll<kLimbs>([&](auto limb) PBJAX_INLINE { q[limb] = BroadcastFour(bytes + limb * limb_stride + 4 * quad); });
+    Unroll<kLayers>([&](auto b) PBJAX_INLINE {
       const Vector masked = _mm512_and_si512(code, _mm512_set1_epi8(static_cast<char>(0xFF00 >> (b + 1))));
-      total[b][0] = _mm512_dpbusd_epi32(total[b][0], masked, q[0]);
-      for (int limb = 1; limb < kLimbs; ++limb) total[b][limb] = _mm512_dpbusd_epi32(total[b][limb], q[limb], masked);
-    }
+      AddProducts(total[b][0], masked, q[0]);
+      Unroll<kLimbs - 1>([&](auto i) PBJAX_INLINE {
+        AddProducts(total[b][i + 1], q[i + 1], masked);
+      });
+    });
   }
-  for (int limb = 0; limb < kLimbs; ++limb) {
+  Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
     const Vector lost = limb == 0 ? _mm512_setzero_si512() : _mm512_slli_epi32(total[0][limb], 1);
-    for (int b = 0; b < kLayers; ++b) {
+    Unroll<kLayers>([&](auto b) PBJAX_INLINE {
       int32_t* out = sums + b * sums_stride + limb * width;
       const Vector sum = _mm512_sub_epi32(total[b][limb], lost);
       _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), sum));
-    }
-  }
+    });
+  });
 }
 
 template <int kLimbs, int kLayers>
@@ -403,7 +433,7 @@ void PrefixRows(const uint8_t* codes, int64_t words, int64_t width, int layers, 
   for (int64_t c = 0; c < width; c += 16) {
     for (int64_t r = 0; r < rows.rows; ++r) {
       row.data = rows.data + r * rows.row_stride;
-      PrefixPanel<kLimbs, kLayers>(codes + 4 * c, words, width, row, rows.rows * kLimbs * width,
+      PrefixPanel<kLimbs, kLayers>(codes + c * 32 * words, words, width, row, rows.rows * kLimbs * width,
                                    sums + r * kLimbs * width + c);
     }
   }
@@ -422,65 +452,59 @@ void Values(const uint8_t* high, const uint8_t* low, int64_t words, int64_t widt
   const Vector mask = _mm512_set1_epi32(static_cast<int32_t>(0xFFFFu & (0xFFFF0000u >> count)));
   const __m512 step = _mm512_set1_ps(0x1p-15f), offset = _mm512_set1_ps(PowerOfTwo(-count) - 1.0f);
   const Vector byte = _mm512_set1_epi32(0xFF00);
-  for (int64_t quad = 0; quad < 8 * words; ++quad) {
-    for (int64_t c = 0; c < width; c += 16) {
-      const Vector first = _mm512_loadu_si512(high + (quad * width + c) * 4);
-      Vector codes[4] = {_mm512_and_si512(_mm512_slli_epi32(first, 8), byte), _mm512_and_si512(first, byte),
-                         _mm512_and_si512(_mm512_srli_epi32(first, 8), byte),
-                         _mm512_and_si512(_mm512_srli_epi32(first, 16), byte)};
+  for (int64_t quad = 0; quad < width / 16 * 8 * words; ++quad) {  // of all channels
+    const Vector first = _mm512_loadu_si512(high + 64 * quad);
+    const Vector second = low == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(low + 64 * quad);
+    Unroll<4>([&](auto i) PBJAX_INLINE {
+      const Vector top = i == 0 ? _mm512_slli_epi32(first, 8) : _mm512_srli_epi32(first, i == 0 ? 0 : 8 * (i - 1));
+      Vector code = _mm512_and_si512(top, byte);
       if (low != nullptr) {
-        const Vector second = _mm512_loadu_si512(low + (quad * width + c) * 4);
-        for (int i = 0; i < 4; ++i) {
-          codes[i] = _mm512_or_si512(
-              codes[i], _mm512_and_si512(_mm512_srl_epi32(second, _mm_cvtsi32_si128(8 * i)), _mm512_set1_epi32(255)));
-        }
+        code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi32(second, 8 * i), _mm512_set1_epi32(255)));
       }
-      for (int i = 0; i < 4; ++i) {
-        const __m512 code = _mm512_cvtepi32_ps(_mm512_and_si512(codes[i], mask));
-        _mm512_storeu_ps(values + (4 * quad + i) * width + c, _mm512_fmadd_ps(code, step, offset));
-      }
-    }
+      const __m512 number = _mm512_cvtepi32_ps(_mm512_and_si512(code, mask));
+      _mm512_storeu_ps(values + (4 * quad + i) * 16, _mm512_fmadd_ps(number, step, offset));
+    });
   }
 }
 
 template <int kRows, int kVectors>
-inline void FloatPanel(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
-                       float* sums) {
+void FloatPanel(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride, float* sums) {
   __m512 total[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) total[r][v] = _mm512_loadu_ps(sums + r * width + 16 * v);
-  }
+  Unroll<kRows>([&](auto r) PBJAX_INLINE {
+    Unroll<kVectors>([&](auto v) PBJAX_INLINE { total[r][v] = _mm512_loadu_ps(sums + r * width + 16 * v); });
+  });
   for (int64_t i = 0; i < num_k; ++i) {
     __m512 value[kVectors];
-    for (int v = 0; v < kVectors; ++v) value[v] = _mm512_loadu_ps(values + i * width + 16 * v);
-    for (int r = 0; r < kRows; ++r) {
+    Unroll<kVectors>([&](auto v) PBJAX_INLINE { value[v] = _mm512_loadu_ps(values + (v * num_k + i) * 16); });
+    Unroll<kRows>([&](auto r) PBJAX_INLINE {
       const __m512 factor = _mm512_set1_ps(x[r * row_stride + i]);
-      for (int v = 0; v < kVectors; ++v) total[r][v] = _mm512_fmadd_ps(factor, value[v], total[r][v]);
-    }
+      Unroll<kVectors>([&](auto v) PBJAX_INLINE { total[r][v] = _mm512_fmadd_ps(factor, value[v], total[r][v]); });
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + r * width + 16 * v, total[r][v]);
-  }
+  Unroll<kRows>([&](auto r) PBJAX_INLINE {
+    Unroll<kVectors>([&](auto v) PBJAX_INLINE { _mm512_storeu_ps(sums + r * width + 16 * v, total[r][v]); });
+  });
 }
 
-template <int kVectors>
+// All rows in panels of kRows, what is left in smaller ones.
+template <int kVectors, int kRows>
 void FloatRows(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride, int64_t rows,
                float* sums) {
-  constexpr int kRows = 6;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) {
-    FloatPanel<kRows, kVectors>(values, num_k, width, x + row * row_stride, row_stride, sums + row * width);
+  for (; rows >= kRows; rows -= kRows) {
+    FloatPanel<kRows, kVectors>(values, num_k, width, x, row_stride, sums);
+    x += kRows * row_stride;
+    sums += kRows * width;
   }
-  for (; row < rows; ++row) {
-    FloatPanel<1, kVectors>(values, num_k, width, x + row * row_stride, row_stride, sums + row * width);
+  if constexpr (kRows > 1) {
+    if (rows > 0) FloatRows<kVectors, kRows - 1>(values, num_k, width, x, row_stride, rows, sums);
   }
 }
 
 void FloatDot(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride, int64_t rows,
               float* sums) {
   int64_t c = 0;
-  for (; c + 64 <= width; c += 64) FloatRows<4>(values + c, num_k, width, x, row_stride, rows, sums + c);
-  for (; c < width; c += 16) FloatRows<1>(values + c, num_k, width, x, row_stride, rows, sums + c);
+  for (; c + 64 <= width; c += 64) FloatRows<4, 6>(values + c * num_k, num_k, width, x, row_stride, rows, sums + c);
+  for (; c < width; c += 16) FloatRows<1, 6>(values + c * num_k, num_k, width, x, row_stride, rows, sums + c);
 }
 
 }  // namespace
