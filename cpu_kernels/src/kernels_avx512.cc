@@ -250,7 +250,11 @@ void UnpackLayers(const WordBlock& block, int64_t width, uint8_t* codes) {
       const int64_t left = block.channels - c;
       const __mmask16 mask = left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
       Vector interleaved[L::kRegisters];
-      Interleave<kLayers>(block.data + word * block.word_stride + c, block.layer_stride, mask, interleaved);
+      const uint32_t* words = block.data + word * block.word_stride + c;
+      for (int i = 0; i < kLayers; ++i) {  // the next word, which may be that of the next block; past the end is no fault
+        _mm_prefetch(reinterpret_cast<const char*>(words + i * block.layer_stride + block.word_stride), _MM_HINT_T1);
+      }
+      Interleave<kLayers>(words, block.layer_stride, mask, interleaved);
       uint8_t* out = codes + (c / 16 * block.words + word) * 512;
       Vector piece[8];
       for (int reg = 0; reg < L::kRegisters; ++reg) {
