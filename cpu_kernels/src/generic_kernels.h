@@ -29,7 +29,7 @@ void GenericUnpack(const WordBlock& block, int64_t width, uint8_t* codes) {
   }
 }
 
-void GenericDot(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const LimbRows& rows,
+[[maybe_unused]] void GenericDot(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const LimbRows& rows,
                 int32_t* sums) {
   for (int64_t first = 0; first < width; first += 16) {
     const uint8_t* block = codes + first / 16 * words * 512;
