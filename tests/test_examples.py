@@ -15,6 +15,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from cpu_kernels import bit_matmul as cpu_backend
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -38,6 +40,12 @@ def digits(monkeypatch):
 def benchmark_matmul(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
     return importlib.import_module("matmul")
+
+
+@pytest.fixture
+def benchmark_cpu(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    return importlib.import_module("cpu")
 
 
 @pytest.fixture
@@ -209,3 +217,21 @@ class TestBenchmark:
         assert "".join(order) == "abab" + 3 * "aabb"  # warming up, then no more than the three rounds that always run
         assert times["a"].repeats == 3
         assert times["a"].p20_us <= times["a"].median_us <= times["a"].p80_us
+
+
+class TestCpuBenchmark:
+    @pytest.mark.skipif(not cpu_backend.instructions(), reason=str(cpu_backend.missing("cpu")))
+    def test_rows_table_and_plot(self, benchmark_cpu, tmp_path, capsys):
+        output, picture = tmp_path / "cpu.csv", tmp_path / "cpu.png"
+        options = ["--m", "1", "2", "--size", "64", "--repeats", "2", "--max-seconds", "0"]
+        rows = benchmark_cpu.main([*options, "--output", str(output), "--plot", str(picture)])
+        with open(output, newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert len(lines) == len(rows)
+        ours = [line for line in lines if line["method"].startswith("pbjax")]
+        assert len(ours) == 2 * 3 * (4 + 1)  # for each number of rows and width: 4 numbers of bitlayers and the sweep
+        assert {"XLA f32", "XLA bf16", "XLA int8", "read"} <= {line["method"] for line in lines}
+        for line in lines:
+            assert 0 < float(line["p20_us"]) <= float(line["median_us"]) <= float(line["p80_us"])
+        assert picture.stat().st_size > 0
+        assert "64 x 64" in capsys.readouterr().err

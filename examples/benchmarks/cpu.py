@@ -1,13 +1,13 @@
 """What backend `cpu` reaches: against the products that XLA, qwix, PyTorch and ONNX Runtime have, and the memory rate.
 
-Prints rows of data as CSV (or writes them to a file, and a plot beside it with --plot) and a table to stderr. PyTorch,
-ONNX Runtime and qwix take part where they are installed. Everything of one shape takes turns in one loop, on the same
-two operands, and each row says how much faster it was than the float32 product of XLA in that loop. Weights that fit
-the cache of the machine stay there only as far as the others' turns let them, so times are those of a cold cache:
+Prints rows of data as CSV (or writes them to a file, and a plot with --plot) and a table to stderr. PyTorch, ONNX Runtime
+and qwix take part where they are installed. Everything of one shape takes turns in one loop, on operands of the same
+values, and each row says how much faster it was than the float32 product of XLA in that loop:
 
     .venv/bin/python examples/benchmarks/cpu.py --output cpu.csv --plot cpu.png
 
-With --warm each method repeats its call several times per turn and the first is not counted.
+Each time is that of a call after a pause, in which the threads of other libraries go to sleep, and after another call of
+the same method: weights that fit the caches are in them. With --cold the call before is a read of 256 MiB instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -37,6 +38,7 @@ import pbjax
 BITS = 8
 BITLAYERS = (1, 2, 4, 8)
 ACTIVATION_BITS = (8, 16, None)
+PAUSE_S = 0.005
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ def pbjax_methods(x: jax.Array, w: jax.Array) -> list[Method]:
         product = functools.partial(pbjax.matmul, activation_bits=width, backend="cpu")
         run = jax.jit(lambda x, w, b, product=product: product(x, w, bitlayers=b))
         sweep = jax.jit(jax.vmap(run, in_axes=(None, None, 0)))
-        common = dict(version=pbjax.__version__ if hasattr(pbjax, "__version__") else "", activation_bits=width)
+        common = dict(version=importlib.metadata.version("pbjax"), activation_bits=width)
         for used in BITLAYERS:
             call = waited(run, x, packed, jnp.int32(used))
             read = packed.words.nbytes * used // BITS
@@ -197,13 +199,14 @@ def read_method(words: int) -> Method:
     return Method(name="read", version=jax.__version__, call=waited(total, data), read_bytes=data.nbytes)
 
 
-def measure(m: int, size: int, *, warm: bool, repeats: int, max_seconds: float) -> list[Row]:
+def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) -> list[Row]:
     """The rows of one shape."""
     threads = os.cpu_count() or 1
     x_key, w_key = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(x_key, (m, size)), jax.random.normal(w_key, (size, size)) / size**0.5
     methods = [*xla_methods(x, w), *qwix_methods(x, w), *torch_methods(np.asarray(x), np.asarray(w), threads)]
     methods += [*onnx_methods(np.asarray(x), np.asarray(w), threads), read_method(size * size), *pbjax_methods(x, w)]
+    flush = read_method(2**26).call
     times = [[] for _ in methods]
     slow = set()
     for i, method in enumerate(methods):
@@ -219,8 +222,8 @@ def measure(m: int, size: int, *, warm: bool, repeats: int, max_seconds: float) 
         for i, method in enumerate(methods):
             if i in slow and turn % 5:
                 continue
-            if warm:
-                method.call()
+            time.sleep(PAUSE_S)
+            flush() if cold else method.call()
             start = time.perf_counter()
             method.call()
             times[i].append((time.perf_counter() - start) * 1e6)
@@ -234,7 +237,7 @@ def measure(m: int, size: int, *, warm: bool, repeats: int, max_seconds: float) 
                 date=datetime.datetime.now(datetime.UTC).date().isoformat(),
                 cpu=cpu_model(),
                 threads=threads,
-                cache="warm" if warm else "cold",
+                cache="cold" if cold else "warm",
                 m=m,
                 k=size,
                 n=size,
@@ -301,14 +304,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     add("--size", type=int, nargs="+", default=[4096, 8192], help="of square weights (default: %(default)s)")
     add("--repeats", type=int, default=40, help="times taken of each (default: %(default)s)")
     add("--max-seconds", type=float, default=10.0, help="per shape; may reduce the repeats (default: %(default)s)")
-    add("--warm", action="store_true", help="call each twice per turn and time the second call")
+    add("--cold", action="store_true", help="empty the caches before each call")
     add("--output", type=Path, metavar="FILE", help="where the CSV goes (default: stdout)")
     add("--plot", type=Path, metavar="FILE", help="where a plot goes, if anywhere")
     args = parser.parse_args(argv)
     rows = []
     for size in args.size:
         for m in args.m:
-            rows += measure(m, size, warm=args.warm, repeats=args.repeats, max_seconds=args.max_seconds)
+            rows += measure(m, size, cold=args.cold, repeats=args.repeats, max_seconds=args.max_seconds)
     with open(args.output, "w", newline="") if args.output else sys.stdout as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
