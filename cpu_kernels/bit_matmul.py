@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
@@ -26,9 +27,8 @@ _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)  # row types that the library
 def missing(platform: str) -> str | None:
     """Why the library cannot be called, or None."""
     del platform
-    if _library() is None:
-        return "its C++ library was not built: install pbjax where there is a C++17 compiler"
-    return None
+    library = _load()
+    return library if isinstance(library, str) else None
 
 
 def unsupported(problem: contract.Problem) -> str | None:
@@ -39,8 +39,8 @@ def unsupported(problem: contract.Problem) -> str | None:
 
 def instructions() -> tuple[str, ...]:
     """The sets of instructions that this machine can run, best first; empty without the library."""
-    library = _library()
-    if library is None:
+    library = _load()
+    if isinstance(library, str):
         return ()
     names = library.PbjaxInstructions
     names.restype = ctypes.c_char_p
@@ -140,16 +140,23 @@ def _partitioned(group_size: int | None, activation_bits: int | None, prefixes: 
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The library beside this module; an editable installation has it in another folder of the package."""
-    for folder in cpu_kernels.__path__:
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none.
+
+    It lies beside this module. An editable installation has it in another folder of the package, and a checkout that
+    hides an installation, being first on the path, in the folder that it hides.
+    """
+    for folder in (*cpu_kernels.__path__, *(pathlib.Path(entry, "cpu_kernels") for entry in sys.path)):
         for file in sorted(pathlib.Path(folder).glob("_native.*")):
-            return ctypes.CDLL(str(file))
-    return None
+            try:
+                return ctypes.CDLL(str(file))
+            except OSError as error:
+                return f"its C++ library cannot be loaded: {error}"
+    return "its C++ library was not built: install pbjax where there is a C++17 compiler"
 
 
 @functools.cache
 def _register() -> None:
-    library = _library()
-    assert library is not None, "`missing` was not asked"
+    library = _load()
+    assert not isinstance(library, str), "`missing` was not asked"
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.PbjaxBitMatmul), platform="cpu")

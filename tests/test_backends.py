@@ -92,8 +92,8 @@ def test_explicit_choice_runs_or_raises(spy, monkeypatch):
 
 def test_cpu_backend_without_its_library(monkeypatch):
     """Whoever names it learns why it is missing; the automatic choice passes it over, for the same reason."""
-    monkeypatch.setattr(cpu, "_library", lambda: None)
     reason = "its C++ library was not built: install pbjax where there is a C++17 compiler"
+    monkeypatch.setattr(cpu, "_load", lambda: reason)
     selection = pbjax.select_backend(PROBLEM, platform="cpu")
     assert selection.name == "xla"
     assert dict(selection.rejected)["cpu"] == reason

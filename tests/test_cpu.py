@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +104,15 @@ def test_counts_out_of_range_read_nothing_beyond():
     run = functools.partial(cpu.matmul, case.problem, given.q, given.words, given.scale)
     y = run(np.array([-7, 0, 99, 2**31 - 1], np.int32))
     np.testing.assert_array_equal(y, run(np.array([1, 1, 3, 3], np.int32)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "its C\\+\\+ library was not built"), (b"text", "its C\\+\\+ library cannot be loaded: .*")],
+)
+def test_library_that_is_missing_or_broken(monkeypatch, tmp_path, content, reason):
+    if content:
+        (tmp_path / "_native.so").write_bytes(content)
+    monkeypatch.setattr(cpu.cpu_kernels, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(cpu.sys, "path", [])
+    assert re.match(reason, cpu._load.__wrapped__())

@@ -57,6 +57,11 @@ struct Kernels {
   void (*float_dot)(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
                     int64_t rows, float* sums);
 
+  // The same for up to kFewRows rows from codes themselves, of at most 8 bitlayers, without values in memory. Null where
+  // values and float_dot are as fast.
+  void (*float_codes)(const uint8_t* codes, int64_t words, int64_t width, int count, const float* x,
+                      int64_t row_stride, int64_t rows, float* sums);
+
   // One row to codes of `activation_bits`, split into limbs: as activations.quantize_rows. limbs[limb][padded_k],
   // zeros past k. Returns false, and zero codes, where the row is not finite.
   bool (*quantize)(const float* x, int64_t k, int64_t padded_k, int activation_bits, uint8_t* limbs,
@@ -90,6 +95,8 @@ struct Columns {
 
 // int32 of scratch that `stream` needs for this many channels.
 constexpr int64_t StreamScratch(int64_t channels, int limbs) { return (channels + 15) / 16 * 64 * limbs; }
+
+constexpr int64_t kFewRows = 2;
 
 // The tables that this program holds, best first, and whether this machine can run them.
 const Kernels* PortableKernels();

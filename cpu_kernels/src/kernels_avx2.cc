@@ -8,7 +8,7 @@ namespace pbjax {
 
 const Kernels* Avx2Kernels() {
   static const Kernels kernels = {
-      "avx2",  GenericUnpack, GenericDot, nullptr,   nullptr,  GenericValues, GenericFloatDot,
+      "avx2",  GenericUnpack, GenericDot, nullptr,   nullptr,  GenericValues, GenericFloatDot, nullptr,
       Quantize, Split,         Sum,        Combine,   ScaleOnly, ScaleAdd,      FinishRow};
   static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return supported ? &kernels : nullptr;

@@ -62,7 +62,7 @@ bool HasDotProducts() {
 }  // namespace
 
 const Kernels* NeonKernels() {
-  static const Kernels kernels = {"neon",   GenericUnpack, Dot, nullptr, nullptr,   GenericValues, GenericFloatDot,
+  static const Kernels kernels = {"neon",   GenericUnpack, Dot, nullptr, nullptr,   GenericValues, GenericFloatDot, nullptr,
                                   Quantize, Split,         Sum, Combine, ScaleOnly, ScaleAdd,      FinishRow};
   static const bool supported = HasDotProducts();
   return supported ? &kernels : nullptr;

@@ -7,7 +7,7 @@ namespace pbjax {
 
 const Kernels* PortableKernels() {
   static const Kernels kernels = {
-      "portable", GenericUnpack, GenericDot, nullptr, nullptr, GenericValues, GenericFloatDot, Quantize, Split, Sum,
+      "portable", GenericUnpack, GenericDot, nullptr, nullptr, GenericValues, GenericFloatDot, nullptr, Quantize, Split, Sum,
       Combine,    ScaleOnly,     ScaleAdd,   FinishRow};
   return &kernels;
 }

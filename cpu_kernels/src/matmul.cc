@@ -302,11 +302,16 @@ class Product {
     return kernels_.stream != nullptr && limbs_ > 0 && block.outputs.size() == 1;
   }
 
+  bool FromCodes(const RowBlock& block) const {
+    return kernels_.float_codes != nullptr && limbs_ == 0 && block.rows <= kFewRows && block.layers[1] == 0;
+  }
+
   // Channels of a task: wide, so that words are read in long runs; narrow where many rows need sums in the cache.
   int64_t Width(const std::vector<RowBlock>& blocks, int64_t rows) const {
     const int64_t outputs = static_cast<int64_t>(blocks[0].outputs.size());
     int64_t width = limbs_ == 0 ? (outputs <= 16 ? 256 : 64) : (outputs <= 16 ? 512 : 128);
     if (Streams(blocks[0])) width = kStreamChannels;
+    if (FromCodes(blocks[0])) width = kStreamChannels / 2;  // and a block of codes for their k
     if (problem_.num_words() * problem_.n * rows < kSerialWork) return std::max<int64_t>(16, width);
     const int64_t tasks = scheduler_.num_threads() * 2;  // twice the threads, since some of them may be busy
     const int64_t chunks = std::max<int64_t>(1, tasks / static_cast<int64_t>(blocks.size()));
@@ -415,13 +420,15 @@ class Product {
   void FloatTask(const Panel& panel, const RowBlock& block, int64_t first_channel, int64_t channels,
                  Scratch& scratch) const {
     const int64_t width = (channels + 15) / 16 * 16, outputs = static_cast<int64_t>(block.outputs.size());
-    const int64_t block_words = std::max<int64_t>(1, kValueBytes / (4 * kWordBits * width));
-    const int64_t block_size = block_words * kWordBits * width;
-    scratch.Start(2 * Scratch::Bytes<uint8_t>(block_size) + Scratch::Bytes<float>(block_size) +
+    const bool from_codes = FromCodes(block);
+    const int64_t bytes = from_codes ? kCodeBytes : kValueBytes / 4;
+    const int64_t block_words = std::max<int64_t>(1, bytes / (kWordBits * width));
+    const int64_t block_size = block_words * kWordBits * width, num_values = from_codes ? 0 : block_size;
+    scratch.Start(2 * Scratch::Bytes<uint8_t>(block_size) + Scratch::Bytes<float>(num_values) +
                   2 * Scratch::Bytes<float>(outputs * width));
     uint8_t* high = scratch.Take<uint8_t>(block_size);
     uint8_t* low = scratch.Take<uint8_t>(block_size);
-    float* values = scratch.Take<float>(block_size);
+    float* values = scratch.Take<float>(num_values);
     float* group_sums = scratch.Take<float>(outputs * width);
     float* totals = scratch.Take<float>(outputs * width);
     std::fill(totals, totals + outputs * width, 0.0f);
@@ -437,6 +444,12 @@ class Product {
           kernels_.unpack(Words(1, block.layers[1], word, stop, first_channel, channels), width, low);
         }
         for (const MaskedRows& run : block.columns[0]) {
+          if (from_codes) {
+            kernels_.float_codes(high, stop - word, width, run.layers,
+                                 panel.values + (block.first_row + run.first_row) * padded_k_ + word * kWordBits,
+                                 padded_k_, run.rows, group_sums + run.first_sum * width);
+            continue;
+          }
           kernels_.values(high, run.layers > kLimbBits ? low : nullptr, stop - word, width, run.layers, values);
           kernels_.float_dot(values, (stop - word) * kWordBits, width,
                              panel.values + (block.first_row + run.first_row) * padded_k_ + word * kWordBits,

@@ -1,13 +1,13 @@
 """What backend `cpu` reaches: against the products that XLA, qwix, PyTorch and ONNX Runtime have, and the memory rate.
 
-Prints rows of data as CSV (or writes them to a file, and a plot with --plot) and a table to stderr. PyTorch, ONNX Runtime
-and qwix take part where they are installed. Everything of one shape takes turns in one loop, on operands of the same
-values, and each row says how much faster it was than the float32 product of XLA in that loop:
+Prints rows of data as CSV (or writes them to a file, and a plot with --plot) and a table to stderr. PyTorch, ONNX
+Runtime and qwix take part where they are installed. Everything of one shape takes turns in one loop, on operands of the
+same values, and each row says how much faster it was than the float32 product of XLA in that loop:
 
     .venv/bin/python examples/benchmarks/cpu.py --output cpu.csv --plot cpu.png
 
-Each time is that of a call after a pause, in which the threads of other libraries go to sleep, and after another call of
-the same method: weights that fit the caches are in them. With --cold the call before is a read of 256 MiB instead.
+Each time is that of a call after a pause, in which the threads of other libraries go to sleep, and after another call
+of the same method: weights that fit the caches are in them. With --cold the call before is a read of 256 MiB instead.
 """
 
 from __future__ import annotations
