@@ -116,3 +116,15 @@ def test_library_that_is_missing_or_broken(monkeypatch, tmp_path, content, reaso
     monkeypatch.setattr(cpu.cpu_kernels, "__path__", [str(tmp_path)])
     monkeypatch.setattr(cpu.sys, "path", [])
     assert re.match(reason, cpu._load.__wrapped__())
+
+
+def test_export_needs_an_allowance():
+    """The call is no part of what JAX promises to keep; with the allowance it gives the same bits."""
+    w = pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (70, 5))}, 4)["kernel"]
+    x = jax.random.normal(jax.random.key(1), (3, 70))
+    product = jax.jit(lambda x: pbjax.matmul(x, w, backend="cpu"))
+    with pytest.raises(ValueError, match="custom_call @pbjax_bit_matmul"):
+        jax.export.export(product)(x)
+    allowance = jax.export.DisabledSafetyCheck.custom_call("pbjax_bit_matmul")
+    exported = jax.export.export(product, disabled_checks=[allowance])(x)
+    np.testing.assert_array_equal(jax.export.deserialize(exported.serialize()).call(x), product(x))

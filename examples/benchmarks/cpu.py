@@ -38,6 +38,7 @@ import pbjax
 BITS = 8
 BITLAYERS = (1, 2, 4, 8)
 ACTIVATION_BITS = (8, 16, None)
+SWEEP_ROWS = 8  # with more, a sweep is a product for each count
 PAUSE_S = 0.005
 
 
@@ -109,8 +110,10 @@ def pbjax_methods(x: jax.Array, w: jax.Array) -> list[Method]:
             call = waited(run, x, packed, jnp.int32(used))
             read = packed.words.nbytes * used // BITS
             methods.append(Method(name="pbjax", call=call, bitlayers=used, read_bytes=read, **common))
-        call = waited(sweep, x, packed, jnp.arange(1, BITS + 1))
-        methods.append(Method(name="pbjax sweep", call=call, bitlayers=BITS, read_bytes=packed.words.nbytes, **common))
+        if len(x) <= SWEEP_ROWS:
+            call = waited(sweep, x, packed, jnp.arange(1, BITS + 1))
+            read = packed.words.nbytes
+            methods.append(Method(name="pbjax sweep", call=call, bitlayers=BITS, read_bytes=read, **common))
     return methods
 
 
