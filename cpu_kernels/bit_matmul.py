@@ -23,12 +23,22 @@ from pallas_kernels.bit_matmul import contract
 _TARGET = "pbjax_bit_matmul"
 _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)  # row types that the library reads
 
+# Those that were measured against backend `xla`, and faster (examples/benchmarks/results/cpu.csv).
+_FAST = ("avx512",)
+
 
 def missing(platform: str) -> str | None:
     """Why the library cannot be called, or None."""
     del platform
     library = _load()
     return library if isinstance(library, str) else None
+
+
+def slow() -> str | None:
+    """Why plain JAX is to be preferred on this machine, or None."""
+    if instructions()[0] in _FAST:
+        return None
+    return f"without {' or '.join(_FAST)} it was not measured to be faster than XLA's own code: name it to use it"
 
 
 def unsupported(problem: contract.Problem) -> str | None:

@@ -36,6 +36,7 @@ class Backend:
       missing: what it lacks here to run on one of its platforms, or None; asked while tracing, never at import.
       platforms: those it is made for, as JAX names what it lowers for ("cpu", "cuda", ..); None for all.
       automatic: None if automatic choice may take it, or the reason why only those who name it get it.
+      slow: the reason why automatic choice passes it over on this machine, or None; asked while tracing.
       whole: its functions take rows of floats as they come and do all of the product: they quantize the rows, multiply
         by their steps, and poison those that are not finite.
     """
@@ -47,6 +48,7 @@ class Backend:
     missing: Callable[[str], str | None] = lambda platform: None
     platforms: tuple[str, ...] | None = None
     automatic: str | None = None
+    slow: Callable[[], str | None] = lambda: None
     whole: bool = False
 
     def unavailable(self, platform: str) -> str | None:
@@ -106,7 +108,7 @@ BACKENDS = {
             platforms=("cuda",),
             automatic=_UNPROVEN,
         ),
-        _backend("cpu", cpu, missing=cpu.missing, platforms=("cpu",), whole=True),
+        _backend("cpu", cpu, missing=cpu.missing, platforms=("cpu",), slow=cpu.slow, whole=True),
         _backend("xla", xla),
         _backend("reference", reference, automatic="it is the oracle, written to be read and not to be fast"),
     )
@@ -182,7 +184,7 @@ def _named(backend: str | None) -> tuple[str, str] | None:
 def _select_automatic(problem: Problem, platform: str, candidates: Iterable[Backend]) -> Selection:
     rejected = []
     for candidate in candidates:
-        if reason := candidate.refusal(problem, platform) or candidate.automatic:
+        if reason := candidate.refusal(problem, platform) or candidate.automatic or candidate.slow():
             rejected.append((candidate.name, reason))
         else:
             return Selection(candidate.name, "the first in order of preference that can run it", tuple(rejected))

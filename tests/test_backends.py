@@ -17,7 +17,7 @@ from pbjax import _backends
 
 PROBLEM = pbjax.Problem(m=2, k=40, n=3, bits=4, group_size=None, activation_bits=8)
 # What runs on the machine of the tests where nobody chooses.
-AUTOMATIC = "cpu" if cpu.instructions() and jax.default_backend() == "cpu" else "xla"
+AUTOMATIC = "cpu" if "avx512" in cpu.instructions() and jax.default_backend() == "cpu" else "xla"
 VARIABLE = _backends.ENVIRONMENT_VARIABLE
 
 
@@ -102,6 +102,15 @@ def test_cpu_backend_without_its_library(monkeypatch):
     ):
         pbjax.select_backend(PROBLEM, "cpu", platform="cpu")
     assert cpu.instructions() == ()
+
+
+def test_cpu_backend_waits_to_be_named_where_it_is_slow(monkeypatch):
+    monkeypatch.setattr(cpu, "instructions", lambda: ("avx2", "portable"))
+    monkeypatch.setattr(cpu, "_load", lambda: None)
+    selection = pbjax.select_backend(PROBLEM, platform="cpu")
+    assert selection.name == "xla"
+    assert dict(selection.rejected)["cpu"].startswith("without avx512 it was not measured to be faster")
+    assert pbjax.select_backend(PROBLEM, "cpu", platform="cpu").name == "cpu"
 
 
 def test_nothing_can_run_it(monkeypatch, spy):

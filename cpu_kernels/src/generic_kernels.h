@@ -6,7 +6,7 @@ namespace {
 // Four bits of a word to the lowest bits of four bytes: bit i of the nibble goes to bit 8 * i.
 inline uint32_t SpreadNibble(uint32_t nibble) { return (nibble * 0x00204081u) & 0x01010101u; }
 
-void GenericUnpack(const WordBlock& block, int64_t width, uint8_t* codes) {
+[[maybe_unused]] void GenericUnpack(const WordBlock& block, int64_t width, uint8_t* codes) {
   for (int64_t first = 0; first < width; first += 16) {
     const int64_t left = block.channels - first, channels = left < 0 ? 0 : left < 16 ? left : 16;
     for (int64_t word = 0; word < block.words; ++word) {
@@ -57,7 +57,7 @@ void GenericUnpack(const WordBlock& block, int64_t width, uint8_t* codes) {
 }
 
 // v_b = (2 * c_b + 1) * 2**-b - 1, exact in float32 for up to 16 bits.
-void GenericValues(const uint8_t* high, const uint8_t* low, int64_t words, int64_t width, int count, float* values) {
+[[maybe_unused]] void GenericValues(const uint8_t* high, const uint8_t* low, int64_t words, int64_t width, int count, float* values) {
   const uint32_t mask = 0xFFFFu & (0xFFFF0000u >> count);
   const float offset = PowerOfTwo(-count) - 1.0f;
   for (int64_t quad = 0; quad < width / 16 * 8 * words; ++quad) {  // of all channels
@@ -77,7 +77,7 @@ void GenericValues(const uint8_t* high, const uint8_t* low, int64_t words, int64
   }
 }
 
-void GenericFloatDot(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
+[[maybe_unused]] void GenericFloatDot(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
                      int64_t rows, float* sums) {
   for (int64_t first = 0; first < width; first += 16) {
     for (int64_t row = 0; row < rows; ++row) {
