@@ -13,6 +13,7 @@ of the same method: weights that fit the caches are in them. With --cold the cal
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import csv
 import dataclasses
 import datetime
@@ -39,6 +40,7 @@ BITS = 8
 BITLAYERS = (1, 2, 4, 8)
 ACTIVATION_BITS = (8, 16, None)
 SWEEP_ROWS = 8  # with more, a sweep is a product for each count
+READ_WORDS = 2**26  # more than caches hold
 PAUSE_S = 0.005
 
 
@@ -194,12 +196,16 @@ def onnx_methods(x: np.ndarray, w: np.ndarray, threads: int) -> list[Method]:
     return methods
 
 
-def read_method(words: int) -> Method:
-    """A sum over as many float32, which XLA does at the rate at which memory is read."""
-    data = jax.random.normal(jax.random.key(3), (words,))
-    parts = os.cpu_count() or 1
-    total = jax.jit(lambda data: data.reshape(parts * 64, -1).sum(axis=1))
-    return Method(name="read", version=jax.__version__, call=waited(total, data), read_bytes=data.nbytes)
+def read_method(words: int, threads: int) -> Method:
+    """The largest of many int32, a part for each thread: NumPy finds it as fast as memory is read."""
+    parts = np.array_split(np.random.default_rng(0).integers(0, 2**31, words, dtype=np.int32), threads)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    return Method(
+        name="read",
+        version=np.__version__,
+        call=lambda: list(pool.map(np.max, parts)),
+        read_bytes=4 * words,
+    )
 
 
 def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) -> list[Row]:
@@ -208,8 +214,12 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
     x_key, w_key = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(x_key, (m, size)), jax.random.normal(w_key, (size, size)) / size**0.5
     methods = [*xla_methods(x, w), *qwix_methods(x, w), *torch_methods(np.asarray(x), np.asarray(w), threads)]
-    methods += [*onnx_methods(np.asarray(x), np.asarray(w), threads), read_method(size * size), *pbjax_methods(x, w)]
-    flush = read_method(2**26).call
+    methods += [
+        *onnx_methods(np.asarray(x), np.asarray(w), threads),
+        read_method(READ_WORDS, threads),
+        *pbjax_methods(x, w),
+    ]
+    flush = methods[[method.name for method in methods].index("read")].call
     times = [[] for _ in methods]
     slow = set()
     for i, method in enumerate(methods):
@@ -231,7 +241,7 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
             method.call()
             times[i].append((time.perf_counter() - start) * 1e6)
     medians = {method.name: float(np.median(t)) for method, t in zip(methods, times, strict=True)}
-    read_rate = 4 * size * size / medians["read"]
+    read_rate = 4 * READ_WORDS / medians["read"]
     rows = []
     for method, t in zip(methods, times, strict=True):
         p20, median, p80 = (float(value) for value in np.percentile(t, (20, 50, 80)))
