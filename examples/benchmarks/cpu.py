@@ -305,7 +305,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xticks=BITLAYERS, xticklabels=BITLAYERS, xlabel="bitlayers")
         axis.set_title(f"one row, {size} x {size}, {cache} cache")
     axes[0][0].set_ylabel("speed relative to XLA's float32 product")
-    axes[0][-1].legend(fontsize=6)
+        axis.minorticks_off()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
