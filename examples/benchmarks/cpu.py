@@ -303,9 +303,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for row, color in zip(peers, plt.get_cmap("tab20")(np.linspace(0, 1, len(peers))), strict=True):
             axis.axhline(row.speedup_over_f32, linestyle="--", linewidth=1, color=color, label=row.method)
         axis.set(xscale="log", yscale="log", xticks=BITLAYERS, xticklabels=BITLAYERS, xlabel="bitlayers")
+        axis.minorticks_off()
         axis.set_title(f"one row, {size} x {size}, {cache} cache")
     axes[0][0].set_ylabel("speed relative to XLA's float32 product")
-        axis.minorticks_off()
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=150)
 
