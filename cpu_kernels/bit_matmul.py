@@ -10,14 +10,12 @@ import ctypes
 import functools
 import pathlib
 import sys
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 
 import cpu_kernels
+from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import contract
 
 _TARGET = "pbjax_bit_matmul"
@@ -110,43 +108,17 @@ def _call(
     _register()
     if x.dtype not in (jnp.int32, *_NARROW):
         x = x.astype(jnp.float32)
-    call = _partitioned(problem.group_size, problem.activation_bits, prefixes, instructions)
-    return call(x, words, scale, counts.astype(jnp.int32))
-
-
-@functools.cache
-def _partitioned(group_size: int | None, activation_bits: int | None, prefixes: bool, instructions: str) -> Callable:
-    """The call of the library, which XLA may split over devices by rows and by channels, but not along k."""
-
-    @custom_partitioning
-    def call(x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array) -> jax.Array:
-        bits, _, n = words.shape
-        shape = (bits,) * prefixes + (x.shape[0], n)
-        ffi_call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
-        return ffi_call(
-            x,
-            words,
-            scale,
-            counts,
-            group_size=group_size or 0,
-            activation_bits=activation_bits or 0,
-            prefixes=prefixes,
-            instructions=instructions,
-        )
-
-    def partition(mesh, arg_shapes, result_shape):
-        rows, channels = (tuple(result_shape.sharding.spec) + (None,) * 3)[prefixes : prefixes + 2]
-        specs = ((rows,), (None, None, channels), (None, None, channels), (None,) if prefixes else (rows,))
-        result = (None,) * prefixes + (rows, channels)
-        named = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in (*specs, result)]
-        return mesh, call, named[-1], tuple(named[:-1])
-
-    call.def_partition(
-        partition=partition,
-        sharding_rule="m k, b w n, s g n, one -> b m n" if prefixes else "m k, b w n, s g n, m -> m n",
-        need_replication_factors=("k", "b", "w", "s", "g") + ("one",) * prefixes,
+    shape = (problem.bits,) * prefixes + (problem.m, problem.n)
+    ffi_call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, jnp.float32))
+    operands = (x, words, scale, counts.astype(jnp.int32))
+    y = ffi_call(
+        *operands,
+        group_size=problem.group_size or 0,
+        activation_bits=problem.activation_bits or 0,
+        prefixes=prefixes,
+        instructions=instructions,
     )
-    return call
+    return _compat.varying_like(y, *operands)
 
 
 @functools.cache

@@ -33,6 +33,7 @@ class Backend:
       unsupported: the reason why it cannot run a problem, or None.
       matmul: the product at given numbers of bitlayers.
       prefixes: the product at every number of bitlayers.
+      limb_sums: the integers of a fixed-point product, for devices that share k; with None those of `xla` are taken.
       missing: what it lacks here to run on one of its platforms, or None; asked while tracing, never at import.
       platforms: those it is made for, as JAX names what it lowers for ("cpu", "cuda", ..); None for all.
       automatic: None if automatic choice may take it, or the reason why only those who name it get it.
@@ -45,6 +46,7 @@ class Backend:
     unsupported: Callable[[Problem], str | None]
     matmul: Callable[..., jax.Array]
     prefixes: Callable[..., jax.Array]
+    limb_sums: Callable[..., jax.Array] | None = None
     missing: Callable[[str], str | None] = lambda platform: None
     platforms: tuple[str, ...] | None = None
     automatic: str | None = None
@@ -63,7 +65,14 @@ class Backend:
 
 
 def _backend(name: str, module: ModuleType, **options: Any) -> Backend:
-    return Backend(name=name, unsupported=module.unsupported, matmul=module.matmul, prefixes=module.prefixes, **options)
+    return Backend(
+        name=name,
+        unsupported=module.unsupported,
+        matmul=module.matmul,
+        prefixes=module.prefixes,
+        limb_sums=getattr(module, "limb_sums", None),
+        **options,
+    )
 
 
 def default_platform() -> str:

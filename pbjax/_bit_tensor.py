@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -143,10 +147,12 @@ def pack_array(
     activation_bits: int | None,
     clip_bits: int | None,
     in_blocks: bool,
+    layer_by_layer: bool,
 ) -> BitTensor:
     """Quantizes one array whose first `num_stack` axes are stacked; the other axes are numbered from there.
 
-    `in_blocks` keeps intermediates small, for weights that lie on one device.
+    `in_blocks` keeps intermediates small, for weights that lie on one device, and so does `layer_by_layer`, for stacks
+    whose layers do not lie on different ones.
     """
     quantize = _format.quantize_in_blocks if in_blocks else _format.quantize
     stack_shape, packed_shape = weight.shape[:num_stack], weight.shape[num_stack:]
@@ -158,8 +164,9 @@ def pack_array(
 
     if num_stack == 0:
         words, scale = one(weight)
-    else:  # one after the other: a stack needs no more memory for intermediates than one layer
-        words, scale = jax.lax.map(one, weight.reshape(-1, *packed_shape))
+    else:  # one after the other, a stack needs no more memory for intermediates than one layer
+        layers = functools.partial(jax.lax.map, one) if layer_by_layer else jax.vmap(one)
+        words, scale = layers(weight.reshape(-1, *packed_shape))
         words, scale = (leaf.reshape(*stack_shape, *leaf.shape[1:]) for leaf in (words, scale))
     return BitTensor(
         words=words,
@@ -242,3 +249,31 @@ def check_bit_tensor(tensor: BitTensor, where: str) -> None:
                 f"`{name}` must have shape {shape} for a weight of shape {tensor.shape} with {tensor.bits} bits, "
                 f"but got {getattr(tensor, name).shape} ({where}). Build BitTensors with `pbjax.quantize`."
             )
+
+
+# `jax.export` writes down the trees that a function takes and returns.
+
+
+def _static_to_bytes(static: tuple[Any, ...]) -> bytes:
+    names = [field.name for field in dataclasses.fields(BitTensor) if field.metadata.get("static")]
+    fields = dict(zip(names, static, strict=True))
+    return json.dumps({**fields, "dtype": np.dtype(fields["dtype"]).name}).encode()
+
+
+def _static_from_bytes(data: bytes | bytearray) -> dict[str, Any]:
+    static = json.loads(bytes(data))
+    axes = {name: tuple(static[name]) for name in ("packed_shape", "contract_axes", "output_axes")}
+    return {**static, **axes, "dtype": np.dtype(static["dtype"])}
+
+
+def _from_children(aux_data: dict[str, Any], children: Sequence[Any]) -> BitTensor:
+    return BitTensor(*children, **aux_data)
+
+
+jax.export.register_pytree_node_serialization(
+    BitTensor,
+    serialized_name="pbjax.BitTensor",
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
+    from_children=_from_children,
+)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._compat import varying_like
 from pallas_kernels.bit_matmul.contract import NUM_SCALES, WORD_BITS, num_groups, num_words
 from pallas_kernels.bit_matmul.epilogue import power_of_two
 
@@ -91,7 +92,8 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
         code = lax.dynamic_index_in_dim(codes, t, axis=1, keepdims=False)
         return words | (((code[None] >> shifts) & 1) << t.astype(jnp.uint32))
 
-    return lax.fori_loop(0, WORD_BITS, add_position, jnp.zeros((bits, num_words(k), n), jnp.uint32))
+    words = varying_like(jnp.zeros((bits, num_words(k), n), jnp.uint32), codes)
+    return lax.fori_loop(0, WORD_BITS, add_position, words)
 
 
 def unpack(words: jax.Array, k: int) -> jax.Array:

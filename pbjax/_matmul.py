@@ -8,10 +8,13 @@ from types import EllipsisType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from pbjax import _bit_tensor, _checks, _product
+from pallas_kernels._compat import varying_axes
+from pbjax import _bit_tensor, _checks, _partition, _product
 from pbjax._bit_tensor import BitTensor
+from pbjax._sharding import check_cut
 
 
 def matmul(
@@ -22,6 +25,7 @@ def matmul(
     bitlayers: ArrayLike | None = None,
     backend: str | None = None,
     preferred_element_type: DTypeLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Multiplies activations with a weight stored as bitlayers: y = x . w_b over the weight's contracted axes.
 
@@ -48,6 +52,10 @@ def matmul(
         weight's own.
       backend: a name, to run there or raise; default None chooses (see `pbjax.select_backend`).
       preferred_element_type: dtype of the result; default is the promotion of x.dtype and w.dtype.
+      axis_name: inside `jax.shard_map`, the mesh axes over which k is cut, in whole words of 32 and whole groups: each
+        device gives its part of `x` and of `w`, and gets the product over all of k. With fixed-point activations it
+        has the bits of the unsharded product: the largest |x| of each row is that of all parts, and integers are
+        added. A weight with one scale per output channel gives it to every device.
 
     Returns:
       float[..., *output_shape].
@@ -90,16 +98,36 @@ def matmul(
     activation_bits = _checks.activation_bits(activation_bits, "argument of matmul")
     out_dtype = _result_dtype(preferred_element_type, x.dtype, w.dtype)
     m = math.prod(rows_shape)
-    y = _product.product(
-        x.reshape(m, w.k),
-        w.words,
-        w.scale,
-        _row_counts(w.bitlayers if bitlayers is None else bitlayers, w.bits, rows_shape).reshape(m),
-        group_size=w.group_size,
-        activation_bits=activation_bits,
-        backend=backend,
-    )
-    return y.reshape(rows_shape + w.output_shape).astype(out_dtype)
+    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if axes:
+        _check_shard(w, axes)
+
+    def multiply(x, w, counts):
+        y = _product.product(
+            x.reshape(m, w.k),
+            w.words,
+            w.scale,
+            counts.reshape(m),
+            group_size=w.group_size,
+            activation_bits=activation_bits,
+            backend=backend,
+            axes=axes,
+        )
+        return y.reshape(rows_shape + w.output_shape).astype(out_dtype)
+
+    counts = _row_counts(w.bitlayers if bitlayers is None else bitlayers, w.bits, rows_shape)
+    return _partition.in_explicit_mesh(multiply, x, w, counts)
+
+
+def _check_shard(w: BitTensor, axes: tuple[str, ...]) -> None:
+    """Raises ValueError unless `w` can be the shard over k of a weight."""
+    num_shards = lax.axis_size(axes)
+    check_cut(f"`w`, cut over k along {axes}", w.k * num_shards, w.group_size, num_shards)
+    if w.group_size is None and (varying := varying_axes(w.scale).intersection(axes)):
+        raise ValueError(
+            f"`w.scale` must be the same on all devices that share k, but it varies over {tuple(sorted(varying))}. "
+            "Quantize the whole weight and cut its words, or give it groups."
+        )
 
 
 def _as_array(x: ArrayLike) -> jax.Array:

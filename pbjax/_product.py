@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.bit_matmul import activations, contract
-from pbjax import _backends, _format
+from pallas_kernels import _compat
+from pallas_kernels.bit_matmul import contract
+from pbjax import _backends, _format, _partition
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -29,6 +30,7 @@ class _Config:
     choice: _backends.Choice
     group_size: int | None
     activation_bits: int | None
+    axes: tuple[str, ...]
 
 
 def product(
@@ -40,6 +42,7 @@ def product(
     group_size: int | None,
     activation_bits: int | None,
     backend: str | None,
+    axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """x . w_b for each row.
 
@@ -51,6 +54,7 @@ def product(
       group_size: of the scales.
       activation_bits: width of fixed-point activations, or None.
       backend: where to run, or None for the automatic choice.
+      axes: mesh axes of `jax.shard_map` over which each device holds a part of k.
 
     Returns:
       f32[m, n].
@@ -58,7 +62,12 @@ def product(
     problem = _problem(x, words, group_size, activation_bits)
     # The backend is settled here, in the caller's context: the rules below may run in another one.
     choice = _backends.choose(problem, backend)
-    config = _Config(choice=choice, group_size=group_size, activation_bits=activation_bits)
+    config = _Config(choice=choice, group_size=group_size, activation_bits=activation_bits, axes=axes)
+    # Operands vary over the mesh alike, so that cotangents do as their operands do. What devices that share k have in
+    # common stays so, as the result is.
+    varying = _compat.varying_axes(x, words, scale, bitlayers)
+    x, words = _compat.varying_over((x, words), varying)
+    scale, bitlayers = _compat.varying_over((scale, bitlayers), varying.difference(axes))
     return _differentiable(config)(x, words, scale, bitlayers)
 
 
@@ -78,45 +87,13 @@ def _run(
 ) -> jax.Array:
     """The product by the backend of the platform that this is lowered for."""
     problem = _problem(x, words, config.group_size, config.activation_bits)
-    run = functools.partial(_run_on, problem=problem, prefixes=prefixes)
-    default = functools.partial(run, config.choice.backend)
-    branches = {platform: functools.partial(run, backend) for platform, backend in config.choice.by_platform}
+    run = functools.partial(_partition.partitioned, problem=problem, prefixes=prefixes, axes=config.axes)
+    default = run(config.choice.backend)
+    branches = {platform: run(backend) for platform, backend in config.choice.by_platform}
     with jax.enable_x64(False):  # the contract knows 32 bits; 64 would widen every index and integer sum
         if not branches:
             return default(x, words, scale, counts)
         return lax.platform_dependent(x, words, scale, counts, default=default, **branches)
-
-
-def _run_on(
-    backend: _backends.Backend,
-    x: jax.Array,
-    words: jax.Array,
-    scale: jax.Array,
-    counts: jax.Array,
-    *,
-    problem: contract.Problem,
-    prefixes: bool,
-) -> jax.Array:
-    """Prepares the activations, runs the backend, and applies what belongs to each row."""
-    run = functools.partial(backend.prefixes if prefixes else backend.matmul, problem)
-    if backend.whole:
-        return run(x, words, scale, counts)
-    if problem.activation_bits is None:
-        x, _, finite = activations.finite_rows(x)
-        y = run(x, words, scale, counts)
-    else:
-        codes, unit, finite = activations.quantize_rows(x, problem.activation_bits)
-        y = run(codes, words, scale, counts)
-        # The barriers keep the sequence of roundings: behind them a compiler sees neither that the factor is a constant
-        # (it would multiply it with the scale first) nor that zero is added. The addition takes the place of the one
-        # that the compiler would fuse with this multiplication, rounding once: a bias of the caller's.
-        y = y * _per_row(lax.optimization_barrier(unit), y.ndim)
-    return y + _per_row(lax.optimization_barrier(jnp.where(finite, 0.0, jnp.nan)), y.ndim)
-
-
-def _per_row(value: jax.Array, rank: int) -> jax.Array:
-    """One value per row, shaped to broadcast to an array of that rank whose last axes are (m, n)."""
-    return value.reshape((1,) * (rank - 2) + (-1, 1))
 
 
 @functools.cache
@@ -189,7 +166,10 @@ def _differentiable(config: _Config) -> Product:
     def backward(residuals, g):
         x, words, scale, bitlayers = residuals
         dx = _gradient_of_x(config, x, words, scale, bitlayers, g).astype(x.dtype)
-        return dx, None, _gradient_of_scale(config, x, words, scale, bitlayers, g), None
+        dscale = _gradient_of_scale(config, x, words, scale, bitlayers, g)
+        if config.axes and config.group_size is None:  # one scale for all of k
+            dscale = lax.psum(dscale, config.axes)
+        return dx, None, dscale, None
 
     differentiable.defvjp(forward, backward)
     return differentiable
@@ -212,7 +192,8 @@ def _gradient_of_x(config: _Config, x, words, scale, bitlayers, g) -> jax.Array:
         weight = _format.dequantize(words, scale, b, x.shape[1], config.group_size)
         return jnp.dot(jnp.where(rows[:, None], g, 0), weight.T, precision="highest")
 
-    return _sum_over_counts(words.shape[0], bitlayers, term, jnp.zeros(x.shape, jnp.float32))
+    zero = _compat.varying_like(jnp.zeros(x.shape, jnp.float32), words, scale, bitlayers, g)
+    return _sum_over_counts(words.shape[0], bitlayers, term, zero)
 
 
 def _gradient_of_scale(config: _Config, x, words, scale, bitlayers, g) -> jax.Array:
@@ -226,4 +207,5 @@ def _gradient_of_scale(config: _Config, x, words, scale, bitlayers, g) -> jax.Ar
         row = jnp.arange(scale.shape[0], dtype=jnp.int32) == jnp.minimum(b, scale.shape[0]) - 1
         return jnp.where(row[:, None, None], _format.group_sum(per_k, config.group_size)[None], 0)
 
-    return _sum_over_counts(bits, bitlayers, term, jnp.zeros_like(scale))
+    zero = _compat.varying_like(jnp.zeros_like(scale), x, words, bitlayers, g)
+    return _sum_over_counts(bits, bitlayers, term, zero)

@@ -16,7 +16,7 @@ import rich.progress
 from jax.typing import ArrayLike
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _bit_tensor, _checks, _paths, _specs, _uses
+from pbjax import _bit_tensor, _checks, _paths, _sharding, _specs, _uses
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
 from pbjax._specs import Plan, Rule, Spec
 
@@ -66,12 +66,14 @@ def quantize(
 
     Returns:
       The same tree with BitTensors in place of the weights chosen. Pure: may run under `jit`, `vmap` and `eval_shape`,
-      and keeps the sharding of its inputs to XLA.
+      and keeps weights where they are: a weight that is cut over output channels, over k in whole words of 32 and whole
+      groups, or over stack axes is packed so.
 
     Raises:
       TypeError: a chosen leaf is not a float array, or an argument is of another type than it should be.
       ValueError: a width or group size out of range, axes that do not fit, a rule that matches no leaf, nothing to
-        quantize, or a weight with a NaN or an infinity (only where its value is known); the message names the path.
+        quantize, a weight with a NaN or an infinity (only where its value is known), or one that is cut inside a word
+        or a group; the message names the path.
 
     Cost: one weight at a time. Beyond the result, intermediates stay below the size of the largest weight, or some
     32 MB where that is more; under `jit` or on several devices they are about seven times one weight (one layer of a
@@ -110,7 +112,7 @@ def quantize(
     for i in _track(plans, sum(leaves[i].nbytes for i in plans if hasattr(leaves[i], "nbytes")), progress):
         _check_finite(names[i], leaves[i])
         # One weight at a time, also where dispatch is asynchronous: their intermediates never add up.
-        leaves[i] = jax.block_until_ready(_pack(leaves[i], plans[i]))
+        leaves[i] = jax.block_until_ready(_pack_sharded(leaves[i], plans[i], names[i]))
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -129,6 +131,27 @@ def _check_functions(fn: Any, args: Any, select: Any) -> None:
 @functools.partial(jax.jit, static_argnums=1)
 def _pack(leaf: jax.Array, plan: Plan) -> BitTensor:
     return _bit_tensor.pack_array(leaf, **dataclasses.asdict(plan))
+
+
+def _pack_sharded(leaf: jax.Array, plan: Plan, name: str) -> BitTensor:
+    """Packs a weight where it lies: every device has the bitlayers of the floats that it has."""
+    shardings = _sharding.packed_shardings(
+        leaf,
+        name,
+        num_stack=plan.num_stack,
+        contract_axes=plan.contract_axes,
+        output_axes=plan.output_axes,
+        group_size=plan.group_size,
+    )
+    return _pack(leaf, plan) if shardings is None else _packer(plan, shardings, leaf.shape, leaf.dtype)(leaf)
+
+
+@functools.lru_cache(maxsize=256)
+def _packer(plan: Plan, shardings: _sharding.Packed, shape: tuple[int, ...], dtype: Any) -> Callable[..., BitTensor]:
+    """`_pack` on a mesh, to given shardings; the axes of an explicit mesh are left to the compiler inside."""
+    pack = lambda leaf: _bit_tensor.pack_array(leaf, **dataclasses.asdict(plan))  # noqa: E731
+    packed = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, dtype)).replace(**vars(shardings))
+    return jax.jit(jax.sharding.auto_axes(pack, out_sharding=packed), out_shardings=packed)
 
 
 def dequantize(tree: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _checks, _paths, _uses
+from pbjax import _checks, _paths, _sharding, _uses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class Plan:
     activation_bits: int | None
     clip_bits: int | None
     in_blocks: bool
+    layer_by_layer: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,7 @@ def plan(name: str, leaf: Any, uses: list[_uses.Use], rule: Rule) -> Plan:
         contract_axes=packed_contract,
         output_axes=tuple(a for a in range(rank - num_stack) if a not in packed_contract),
         in_blocks=isinstance(leaf, np.ndarray) or (is_concrete(leaf) and len(leaf.sharding.device_set) == 1),
+        layer_by_layer=not _sharding.cuts_stack(leaf, num_stack),
         **dataclasses.asdict(rule.widths),
     )
 

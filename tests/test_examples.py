@@ -7,7 +7,10 @@ import dataclasses
 import functools
 import gzip
 import importlib
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -235,3 +238,32 @@ class TestCpuBenchmark:
             assert 0 < float(line["p20_us"]) <= float(line["median_us"]) <= float(line["p80_us"])
         assert picture.stat().st_size > 0
         assert "64 x 64" in capsys.readouterr().err
+
+
+class TestPrecisionPerRequest:
+    def test_accuracy_and_picture(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.syspath_prepend(EXAMPLES)
+        example = importlib.import_module("precision_per_request")
+        with jax.numpy_dtype_promotion("standard"):  # optax
+            accuracy, equal = example.main(["--output", str(tmp_path / "picture.png")])
+        assert equal
+        assert accuracy[0] < accuracy[2]
+        assert accuracy[3] > 0.95
+        assert "mixed batch equals requests alone: True" in capsys.readouterr().out
+        assert matplotlib.image.imread(tmp_path / "picture.png").std() > 0.05
+
+
+def test_sharded():
+    """On eight devices, which only a process of its own can have."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "sharded.py"], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("yes") == 3
+    assert result.stdout.count("2 all-reduce") == 2
+
+
+@pytest.mark.parametrize("name", ["precision_per_request.py", "sharded.py"])
+def test_short_examples_are_short(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) < 80

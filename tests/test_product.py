@@ -373,6 +373,14 @@ def test_nan_and_infinity_poison_their_own_row(m, activation_bits, backend):
     np.testing.assert_array_equal(y[~bad], clean[~bad])
 
 
+def test_nan_is_seen_among_many_values():
+    """A maximum that XLA vectorizes may pass over it: here, at 40 rows of 512."""
+    x, w = np.ones((40, 512), np.float32), bit_tensor(512, 3, 4)
+    x[0, 0], x[39, 511] = np.nan, np.nan
+    y = np.asarray(jax.jit(pbjax.matmul)(x, w))
+    np.testing.assert_array_equal(np.isnan(y).all(axis=1), np.arange(40) % 39 == 0)
+
+
 def operands_of_path(m, group_size):
     """With more channels than a vector register holds, since compilers fuse differently in vectorized loops."""
     x, w = normal(m, 70), bit_tensor(70, 33, 6, group_size=group_size)

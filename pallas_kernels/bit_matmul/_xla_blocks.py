@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import contract, epilogue, limbs
 
 # 256 values of k times 4096 channels of float32 are 4 MB: 128 to 512 run within 10 % of each other at 4096 channels,
@@ -34,7 +36,7 @@ _WINDOW_ROWS = 256
 _SHORT_WINDOW_ROWS = 32
 _TURN_BITLAYERS = 4  # bitlayers per pass over the fields; the last pass may hold fewer, and reads no others
 
-# (first row, rows, number of bitlayers) -> f32[rows, n]
+# (first row, rows, number of bitlayers) -> f32[rows, n], or int32[rows, sums]
 _Product = Callable[[jax.Array, int, jax.Array], jax.Array]
 
 
@@ -45,8 +47,26 @@ def matmul(
     if problem.m == 1:
         return _product(problem, x, words, scale)(jnp.int32(0), 1, bitlayers[0])
     order = jnp.argsort(bitlayers)
-    y = _slide(problem, _product(problem, x[order], words, scale), bitlayers[order])
+    zero = _compat.varying_like(jnp.zeros((problem.m, problem.n), jnp.float32), x, words, scale)
+    y = _slide(problem, _product(problem, x[order], words, scale), bitlayers[order], zero)
     return y[jnp.argsort(order)]
+
+
+def limb_sums(problem: contract.Problem, x: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
+    """The integers of the contract, x padded to whole words. int32[segments, activation limbs, code limbs, m, n]."""
+    order = jnp.argsort(bitlayers)
+    parts = limbs.split(x[order], problem.activation_limbs)
+    blocks = _cut(problem)
+    segment_sums = _segment_sums(problem, blocks, _in_blocks(blocks, parts), parts, words)
+    shape = len(problem.segments), problem.activation_limbs, len(problem.code_limbs), problem.n
+
+    def product(start, rows, count):
+        sums = lax.map(lambda i: segment_sums(i, start, rows, count), jnp.arange(shape[0], dtype=jnp.int32))
+        return jnp.moveaxis(sums, 3, 0).reshape(rows, -1)
+
+    zero = _compat.varying_like(jnp.zeros((problem.m, math.prod(shape)), jnp.int32), x, words)
+    sums = _slide(problem, product, bitlayers[order], zero)
+    return jnp.moveaxis(sums[jnp.argsort(order)].reshape(problem.m, *shape), 0, 3)
 
 
 def prefixes(
@@ -56,15 +76,15 @@ def prefixes(
     product = _product(problem, x, words, scale)
 
     def fill(i, out):
-        y = _slide(problem, product, jnp.full((problem.m,), i + 1, jnp.int32))
+        y = _slide(problem, product, jnp.full((problem.m,), i + 1, jnp.int32), out[0])
         return lax.dynamic_update_index_in_dim(out, y, i, 0)
 
-    out = jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
+    out = _compat.varying_like(jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32), x, words, scale)
     return lax.fori_loop(jnp.int32(0), jnp.minimum(limit, problem.bits), fill, out)
 
 
-def _slide(problem: contract.Problem, product: _Product, counts: jax.Array) -> jax.Array:
-    """The product of all rows, whose counts ascend.
+def _slide(problem: contract.Problem, product: _Product, counts: jax.Array, out: jax.Array) -> jax.Array:
+    """The product of all rows, whose counts ascend, written over `out`.
 
     A window may hold rows that are done, or of a later count. Only those of its own count that are new are kept:
     the others are left as they are, or written again by the next window.
@@ -73,7 +93,7 @@ def _slide(problem: contract.Problem, product: _Product, counts: jax.Array) -> j
 
     def multiply(size, row, count, out):
         start = jnp.minimum(row, problem.m - size)
-        kept = lax.dynamic_slice(out, (start, 0), (size, problem.n))
+        kept = lax.dynamic_slice(out, (start, 0), (size, out.shape[1]))
         new = (start + jnp.arange(size, dtype=jnp.int32) >= row)[:, None]
         out = lax.dynamic_update_slice(out, jnp.where(new, product(start, size, count), kept), (start, 0))
         return out, start + size
@@ -89,8 +109,8 @@ def _slide(problem: contract.Problem, product: _Product, counts: jax.Array) -> j
             out, end = lax.cond(stop - row > 2 * short, *branches, row, count, out)
         return jnp.minimum(stop, end), out
 
-    out = jnp.zeros((problem.m, problem.n), jnp.float32)
-    return lax.while_loop(lambda state: state[0] < problem.m, step, (jnp.int32(0), out))[1]
+    start = _compat.varying_like(jnp.int32(0), counts), out
+    return lax.while_loop(lambda state: state[0] < problem.m, step, start)[1]
 
 
 def _product(problem: contract.Problem, x: jax.Array, words: jax.Array, scale: jax.Array) -> _Product:
@@ -118,7 +138,8 @@ def _float_product(
                 value = value * scales[group_of_block[j]][None, :]
             return total + _dot(_rows(blocks, x, j, start, rows), value)
 
-        total = lax.fori_loop(0, len(blocks.start), add_block, jnp.zeros((rows, problem.n), jnp.float32))
+        zero = _compat.varying_like(jnp.zeros((rows, problem.n), jnp.float32), x, words, scale)
+        total = lax.fori_loop(0, len(blocks.start), add_block, zero)
         return total if problem.groups > 1 else total * scales
 
     return product
@@ -128,9 +149,34 @@ def _fixed_product(
     problem: contract.Problem, blocks: _Blocks, x: jax.Array, parts: jax.Array, words: jax.Array, scale: jax.Array
 ) -> _Product:
     """x: f32[activation limbs, m, k], in blocks; parts: int32[activation limbs, m, k], as they came."""
-    first_block = jnp.asarray(blocks.first_of_segment)
     group_of_segment = [group for group, _, _ in problem.segments]
     first_segment = jnp.array(np.searchsorted(group_of_segment, np.arange(problem.groups + 1)), jnp.int32)
+    segment_sums = _segment_sums(problem, blocks, x, parts, words)
+
+    def product(start, rows, count):
+        counts = jnp.full((rows,), count, jnp.int32)
+        zero = _compat.varying_like(jnp.zeros((rows, problem.n), jnp.float32), x, words, scale)
+
+        def add_segment(segment, total):
+            return total + epilogue.combine_limbs(segment_sums(segment, start, rows, count), counts)
+
+        def add_group(group, total):
+            total_of_group = lax.fori_loop(first_segment[group], first_segment[group + 1], add_segment, zero)
+            return epilogue.add_group(total, total_of_group, scale, group, counts, problem.fixed_point_bits)
+
+        if problem.groups > 1:
+            return lax.fori_loop(0, problem.groups, add_group, zero)
+        total = lax.fori_loop(0, len(problem.segments), add_segment, zero)
+        return epilogue.scale_groups(total[None], scale, counts, problem.fixed_point_bits)
+
+    return product
+
+
+def _segment_sums(
+    problem: contract.Problem, blocks: _Blocks, x: jax.Array, parts: jax.Array, words: jax.Array
+) -> Callable[[jax.Array, jax.Array, int, jax.Array], jax.Array]:
+    """(segment, first row, rows, number of bitlayers) -> int32[activation limbs, code limbs, rows, n]."""
+    first_block = jnp.asarray(blocks.first_of_segment)
     row_sums = jnp.stack(
         [
             parts[..., start * contract.WORD_BITS : stop * contract.WORD_BITS].sum(axis=-1)
@@ -139,7 +185,7 @@ def _fixed_product(
     )  # [segments, activation limbs, m]
     num_limbs = problem.activation_limbs
 
-    def segment_limb(segment, start, rows, count, first, last):
+    def limb_sum(segment, start, rows, count, first, last):
         """sum_k q_a * (2 * c - (2**count - 1)) = 2 * sum_k q_a * (c - 2**(count - 1)) + sum_k q_a."""
         centre = epilogue.power_of_two(count - 1)
 
@@ -149,35 +195,16 @@ def _fixed_product(
 
         # No work for a limb that is not used; its value is not looked at.
         stop = jnp.where(count > 0, first_block[segment + 1], 0)
-        total = lax.fori_loop(
-            first_block[segment], stop, add_block, jnp.zeros((num_limbs * rows, problem.n), jnp.int32)
-        )
+        zero = _compat.varying_like(jnp.zeros((num_limbs * rows, problem.n), jnp.int32), x, words)
+        total = lax.fori_loop(first_block[segment], stop, add_block, zero)
         row_sum = lax.dynamic_slice(row_sums, (segment, 0, start), (1, num_limbs, rows))[0]
         return 2 * total.reshape(num_limbs, rows, problem.n) + row_sum[..., None]
 
-    def product(start, rows, count):
-        counts = jnp.full((rows,), count, jnp.int32)
-        zero = jnp.zeros((rows, problem.n), jnp.float32)
+    def segment_sums(segment, start, rows, count):
+        limb_counts = [(first, last, jnp.clip(count - first, 0, last - first)) for first, last in problem.code_limbs]
+        return jnp.stack([limb_sum(segment, start, rows, used, first, last) for first, last, used in limb_counts], 1)
 
-        def segment_sum(segment):
-            sum_limbs = [
-                segment_limb(segment, start, rows, jnp.clip(count - first, 0, last - first), first, last)
-                for first, last in problem.code_limbs
-            ]
-            return epilogue.combine_limbs(jnp.stack(sum_limbs, axis=1), counts)
-
-        def add_group(group, total):
-            total_of_group = lax.fori_loop(
-                first_segment[group], first_segment[group + 1], lambda i, value: value + segment_sum(i), zero
-            )
-            return epilogue.add_group(total, total_of_group, scale, group, counts, problem.fixed_point_bits)
-
-        if problem.groups > 1:
-            return lax.fori_loop(0, problem.groups, add_group, zero)
-        total = lax.fori_loop(0, len(problem.segments), lambda i, value: value + segment_sum(i), zero)
-        return epilogue.scale_groups(total[None], scale, counts, problem.fixed_point_bits)
-
-    return product
+    return segment_sums
 
 
 def _codes(blocks: _Blocks, words: jax.Array, j: jax.Array, *, first: int, last: int, count: jax.Array) -> jax.Array:
@@ -199,7 +226,7 @@ def _codes(blocks: _Blocks, words: jax.Array, j: jax.Array, *, first: int, last:
             fields = fields | ((word >> position) & jnp.where(used, mask, jnp.uint32(0)))
         return fields
 
-    fields = jnp.zeros((blocks.words, width, n), jnp.uint32)
+    fields = _compat.varying_like(jnp.zeros((blocks.words, width, n), jnp.uint32), words)
     fields = add_bitlayers(jnp.int32(0), fields)
     if last - first > _TURN_BITLAYERS:
         turns = (count + _TURN_BITLAYERS - 1) // _TURN_BITLAYERS

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import _xla_serial, contract, epilogue
 
 # Words unrolled in one expression. 2 run as fast as 1, 4 slower, and only take longer to compile: 1.2 and 2.0 s, not
@@ -45,6 +46,7 @@ def matmul(
     turns = (most + (_WIDTH - _LAST_WIDTH - 1)) // _WIDTH
     last_turns = (most > turns * _WIDTH).astype(jnp.int32)
     carry = _zeros(problem, blocks), jnp.zeros((problem.m,), jnp.float32)
+    carry = _compat.varying_like(carry, x, words, bitlayers)
     carry = add_turns(_WIDTH, jnp.int32(0), turns, carry)
     total, half_steps = add_turns(_LAST_WIDTH, turns * _WIDTH, last_turns, carry)
     total = total + half_steps[None, :, None] * blocks.packed.sum(axis=(0, 1))
@@ -64,7 +66,7 @@ def prefixes(
         return total, lax.dynamic_update_index_in_dim(out, y, i, 0)
 
     out = jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
-    carry = _zeros(problem, blocks), out
+    carry = _compat.varying_like((_zeros(problem, blocks), out), x, words, scale)
     return lax.fori_loop(jnp.int32(0), jnp.minimum(limit, problem.bits), add_bitlayer, carry)[1]
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import contract, limbs
 
 # Words unrolled in one element-wise expression: 8 to 32 run equally fast, 4 pay for the accumulators and more than 32
@@ -104,7 +105,7 @@ def _accumulate(
         jnp.int32(first),
         jnp.clip(jnp.max(bitlayers), first, last),
         add_bitlayer,
-        ((zero,) * problem.activation_limbs, jnp.zeros(kept, jnp.int32)),
+        _compat.varying_like(((zero,) * problem.activation_limbs, jnp.zeros(kept, jnp.int32)), blocks.packed, words),
     )
     return running if sweep else finish(acc, jnp.clip(bitlayers - first, 0, last - first))
 

@@ -19,6 +19,10 @@ Result: f32[m, n]
 
 `prefixes` returns f32[bits, m, n]: the result after each number of bitlayers 1..limit; what lies at
 or beyond `limit` is arbitrary and must never be read.
+
+`limb_sums`, which a backend may have, returns the integers of a fixed-point product before `epilogue`:
+int32[segments, activation limbs, code limbs, m, n], as `epilogue.combine_limbs` describes them. They are what devices
+that each hold a part of k add up.
 """
 
 from __future__ import annotations

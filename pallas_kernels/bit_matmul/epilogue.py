@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import contract
 
 _HIGH_HALF = 0xFFFFF000  # sign, exponent and the upper 12 significant bits of a float32
@@ -76,7 +77,8 @@ def scale_groups(sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, activa
         group_sum = lax.dynamic_slice(sums, (group, 0, 0), (1, *sums.shape[1:]), allow_negative_indices=False)[0]
         return add_group(total, group_sum, scale, group, bitlayers, activation_bits)
 
-    return lax.fori_loop(0, sums.shape[0], add, jnp.zeros(sums.shape[1:], jnp.float32))
+    zero = _compat.varying_like(jnp.zeros(sums.shape[1:], jnp.float32), sums, scale, bitlayers)
+    return lax.fori_loop(0, sums.shape[0], add, zero)
 
 
 def add_group(

@@ -9,6 +9,7 @@ a fixed-point result. `_xla_float` is to float rows what `_xla_serial` is to fix
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +45,17 @@ def matmul(
     if problem.activation_bits is None:
         return _float_matmul(problem, operands)
     serial, blocks = functools.partial(_serial, problem, sweep=False), functools.partial(_xla_blocks.matmul, problem)
-    if problem.m * problem.activation_bits > _SERIAL_WORK:
-        return blocks(*operands)
-    if problem.m * problem.activation_bits * problem.bits <= _SERIAL_WORK:
-        return serial(*operands)
-    limit = _SERIAL_WORK // (problem.m * problem.activation_bits)
-    return lax.cond(jnp.max(bitlayers) <= limit, serial, blocks, *operands)
+    return _either(problem, serial, blocks, operands)
+
+
+def limb_sums(problem: contract.Problem, x: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
+    """The integers of a fixed-point product. int32[segments, activation limbs, code limbs, m, n]."""
+    if 0 in (problem.m, problem.n, problem.k):
+        limbs = len(problem.segments), problem.activation_limbs, len(problem.code_limbs)
+        return jnp.zeros((*limbs, problem.m, problem.n), jnp.int32)
+    serial = functools.partial(_serial_sums, problem, sweep=False)
+    blocks = functools.partial(_xla_blocks.limb_sums, problem)
+    return _either(problem, serial, blocks, (_pad(problem, x), words, bitlayers))
 
 
 def prefixes(
@@ -67,6 +73,21 @@ def prefixes(
         return _xla_blocks.prefixes(problem, x, words, scale, limit)
     limits = jnp.full((problem.m,), limit, jnp.int32)
     return _serial(problem, x, words, scale, limits, sweep=True).reshape(problem.bits, problem.m, problem.n)
+
+
+def _either(
+    problem: contract.Problem,
+    serial: Callable[..., jax.Array],
+    blocks: Callable[..., jax.Array],
+    operands: tuple[jax.Array, ...],
+) -> jax.Array:
+    """A fixed-point product by whichever way is the faster; the last operand is the numbers of bitlayers."""
+    if problem.m * problem.fixed_point_bits > _SERIAL_WORK:
+        return blocks(*operands)
+    if problem.m * problem.fixed_point_bits * problem.bits <= _SERIAL_WORK:
+        return serial(*operands)
+    limit = _SERIAL_WORK // (problem.m * problem.fixed_point_bits)
+    return lax.cond(jnp.max(operands[-1]) <= limit, serial, blocks, *operands)
 
 
 def _float_matmul(problem: contract.Problem, operands: tuple[jax.Array, ...]) -> jax.Array:
@@ -87,12 +108,20 @@ def _serial(
 ) -> jax.Array:
     """f32[m, n], with `sweep` f32[bits * m, n]: the rows of each number of bitlayers in turn."""
     counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), problem.m) if sweep else bitlayers
-    values = [jnp.zeros((0, counts.shape[0], problem.n), jnp.float32)]
-    for span in _spans(problem):
-        sums = _xla_serial.limb_sums(problem, span, x, words, bitlayers, sweep=sweep)
-        values.append(jax.vmap(epilogue.combine_limbs, in_axes=(2, None))(sums, counts))
-    sums = epilogue.sum_segments(problem, jnp.concatenate(values))
+    values = jnp.zeros((0, counts.shape[0], problem.n), jnp.float32)
+    if problem.segments:
+        sums = _serial_sums(problem, x, words, bitlayers, sweep=sweep)
+        values = jax.vmap(epilogue.combine_limbs, in_axes=(0, None))(sums, counts)
+    sums = epilogue.sum_segments(problem, values)
     return epilogue.scale_groups(sums, scale, counts, problem.fixed_point_bits)
+
+
+def _serial_sums(
+    problem: contract.Problem, x: jax.Array, words: jax.Array, bitlayers: jax.Array, *, sweep: bool
+) -> jax.Array:
+    """int32[segments, activation limbs, code limbs, m, n], with `sweep` [.., bits * m, n]."""
+    parts = [_xla_serial.limb_sums(problem, span, x, words, bitlayers, sweep=sweep) for span in _spans(problem)]
+    return jnp.moveaxis(jnp.concatenate(parts, axis=2), 2, 0)
 
 
 def _spans(problem: contract.Problem) -> list[_xla_serial.Span]:

@@ -1,0 +1,43 @@
+"""What surrounds the integers of a product: rows are quantized before, and multiplied by their steps after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.bit_matmul import activations
+
+
+def on_codes(
+    run: Callable[[jax.Array], jax.Array], x: jax.Array, activation_bits: int | None, axes: tuple[str, ...] = ()
+) -> jax.Array:
+    """run(codes) of the codes of each row, times the step of the row, and NaN for rows that are not finite.
+
+    Args:
+      run: the product of the contract: int32[m, k] (or float[m, k] with float activations) to f32[.., m, n].
+      x: float[m, k].
+      activation_bits: width of the codes, or None for float activations.
+      axes: mesh axes over which each device holds a part of k.
+
+    Returns:
+      f32[.., m, n].
+    """
+    if activation_bits is None:
+        x, _, finite = activations.finite_rows(x, axes)
+        y = run(x)
+    else:
+        codes, unit, finite = activations.quantize_rows(x, activation_bits, axes)
+        y = run(codes)
+        # The barriers keep the sequence of roundings: behind them a compiler sees neither that the factor is a constant
+        # (it would multiply it with the scale first) nor that zero is added. The addition takes the place of the one
+        # that the compiler would fuse with this multiplication, rounding once: a bias of the caller's.
+        y = y * _per_row(lax.optimization_barrier(unit), y.ndim)
+    return y + _per_row(lax.optimization_barrier(jnp.where(finite, 0.0, jnp.nan)), y.ndim)
+
+
+def _per_row(value: jax.Array, rank: int) -> jax.Array:
+    """One value per row, shaped to broadcast to an array of that rank whose last axes are (m, n)."""
+    return value.reshape((1,) * (rank - 2) + (-1, 1))
