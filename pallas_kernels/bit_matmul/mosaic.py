@@ -202,7 +202,4 @@ def _center(plan: Plan, x: jax.Array, sums: jax.Array, used: jax.Array) -> jax.A
 
 def _to_float(problem: contract.Problem, values: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
     """values: int32[code limbs, segments, activation limbs, m, n] -> f32[m, n]."""
-    assert problem.activation_bits is not None
-    values = jax.vmap(epilogue.combine_limbs, in_axes=(1, None))(jnp.swapaxes(values, 0, 2), bitlayers)
-    values = epilogue.sum_segments(problem, values)
-    return epilogue.scale_groups(values, scale, bitlayers, problem.activation_bits)
+    return epilogue.scale_segments(problem, jnp.transpose(values, (1, 2, 0, 3, 4)), scale, bitlayers)
