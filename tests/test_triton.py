@@ -91,6 +91,10 @@ def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 def test_rows_decide_the_kernel():
     assert {type(case.config) for case in FIXED_POINT.values()} == {triton.SerialConfig}
     assert {type(case.config) for case in MANY_ROWS.values()} == {triton.Int8Config}
+    assert isinstance(FLOAT["rows_past_a_block"].config, triton.DotConfig)
+    assert isinstance(FLOAT["dot_of_xla"].config, triton.UnpackConfig)
+    groups = dataclasses.replace(FLOAT["dot_of_xla"], k=1024, group_size=512)
+    assert isinstance(groups.config, triton.DotConfig)  # which alone keeps the sums of groups apart
 
 
 @pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
@@ -154,6 +158,8 @@ FLOAT = {
     "rows_past_a_block": Case(m=70, k=33, n=66, bits=3),
     "short_last_group": Case(m=3, k=1300, n=4, bits=5, group_size=512, cut={"num_blocks": 1}),
     "many_blocks": Case(m=2, k=32 * 16 * 3, n=4, bits=4, cut={"num_blocks": 2}),
+    "dot_of_xla": Case(m=256, k=33, n=5, bits=3),
+    "dot_of_xla_two_code_limbs": Case(m=256, k=140, n=70, bits=11, cut={"block_n": 32, "block_words": 2}),
 }
 
 
@@ -172,7 +178,8 @@ def assert_close(case: Case, y: jax.Array, x: jax.Array, words: jax.Array, scale
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(name, jnp.float32) for name in FLOAT] + [("two_code_limbs", jnp.bfloat16), ("two_code_limbs", jnp.float16)],
+    [(name, jnp.float32) for name in FLOAT]
+    + [(name, dtype) for name in ("two_code_limbs", "dot_of_xla") for dtype in (jnp.bfloat16, jnp.float16)],
 )
 def test_float_activations(case, dtype):
     case = FLOAT[case]
@@ -214,6 +221,9 @@ def test_configuration_of_another_kernel():
     config = triton.config_for(FLOAT["one_row"].problem)
     with pytest.raises(TypeError, match=r"`config` must be that of a kernel for fixed-point activations, but got"):
         triton.matmul(case.problem, *operands(case), config=config)
+    case, many = FLOAT["short_last_group"], triton.config_for(FLOAT["dot_of_xla"].problem)
+    with pytest.raises(ValueError, match=r"`config` must be a DotConfig for 3 groups, but got Config"):
+        triton.matmul(case.problem, *float_operands(case, jnp.float32), config=many)
 
 
 def test_nothing_to_multiply():

@@ -9,19 +9,13 @@ below the top one, u in 0..255, becomes u - 128, and 128 times the sum of all co
     sum_k u * (c8 - 128) = sum_k (u - 128) * (c8 - 128) + 128 * sum_k (c8 - 128)
 which holds for whatever is summed, past the end of k too, if u is 0 there.
 
-The 8 words of 8 bitlayers of one channel are 8 rows of 32 bits; what a tensor core takes are 32 codes of 8 bits. Three
-exchanges of half of the bits between pairs of words (H. S. Warren, Hacker's Delight, "Transposing a Bit Matrix") turn
-one into the other, at 1.5 instructions for each code, however many bitlayers are in use. Word p of the outcome has in
-its bytes the codes of k = p, p + 8, p + 16, p + 24, so the activations are laid out in that order.
-
-A bitlayer that no row uses is not loaded: its words are zeros.
+`_triton_codes` makes c8 - 128 from words. A bitlayer that no row uses is not loaded: its words are zeros.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import contract, epilogue, limbs
+from pallas_kernels.bit_matmul import _triton_codes, contract, epilogue, limbs
 
-_BYTES = contract.WORD_BITS // 8
-_POSITIONS = 8  # bit positions of a byte
 _HALF = 128  # what makes 0..255 signed
-_EXCHANGES = ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))  # distance of rows, bits that stay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +71,7 @@ def config_for(problem: contract.Problem) -> Config:
         block_n=block_n,
         block_rows=_BLOCK_ROWS,
         block_words=block_words,
-        limbs=problem.activation_limbs if problem.activation_limbs <= _MAX_LIMBS and (parts or num_sums <= 2) else 1,
+        limbs=problem.activation_limbs if num_sums <= _MAX_LIMBS else 1,
         parts=parts,
         num_warps=4,
     )
@@ -151,7 +142,7 @@ def _sorted_matmul(
     )(
         jnp.asarray(spans),
         jnp.asarray(first_segment.astype(np.int32)),
-        _arrange(parts),
+        _triton_codes.arrange(_signed(parts)),
         row_sums,
         bitlayers,
         words,
@@ -179,11 +170,9 @@ def _split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
     return np.stack([np.minimum(first, stop), stop], axis=-1).reshape(-1, 2).astype(np.int32)
 
 
-def _arrange(parts: jax.Array) -> jax.Array:
-    """int32[limbs, m, k] -> int8, all but the first limb less 128, k within each word in the order of the codes."""
-    signed = jnp.concatenate([parts[:1], parts[1:] - _HALF]).astype(jnp.int8)
-    by_word = signed.reshape(*signed.shape[:2], -1, _BYTES, _POSITIONS)
-    return jnp.swapaxes(by_word, -1, -2).reshape(signed.shape)
+def _signed(parts: jax.Array) -> jax.Array:
+    """int32[limbs, m, k] -> int8, all but the first limb less 128."""
+    return jnp.concatenate([parts[:1], parts[1:] - _HALF]).astype(jnp.int8)
 
 
 def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, problem: contract.Problem, config: Config):
@@ -204,9 +193,16 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
     # Read here: inside of a loop interpret mode does not know them.
     first_channel, first_row, part = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
     rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
-    row_inside = _inside(first_row, config.block_rows, problem.m)
-    inside = _inside(first_channel, config.block_n, problem.n)
-    load_words = functools.partial(_load_words, words, problem, config, channels, inside)
+    row_inside = _triton_codes.inside(first_row, config.block_rows, problem.m)
+    inside = _triton_codes.inside(first_channel, config.block_n, problem.n)
+    load_words = functools.partial(
+        _triton_codes.load_words,
+        words,
+        channels=channels,
+        inside=inside,
+        num_words=config.block_words,
+        is_even=_is_even(problem, config),
+    )
     load_rows = functools.partial(_load_rows, x, problem, config, rows, row_inside)
     zero = jnp.zeros((config.block_rows, config.block_n), jnp.float32)
 
@@ -223,7 +219,7 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
             if any(group):
                 for j, word in enumerate(bitlayers):
                     ones = ones + (_population_count(word) << (contract.LIMB_BITS - 1 - j))
-            values = _codes(bitlayers, config)
+            values = _triton_codes.signed(bitlayers)
             sums = tuple(
                 total + jnp.dot(load_rows(a, block, stop), values, preferred_element_type=jnp.int32)
                 for a, total in zip(group, sums, strict=True)
@@ -247,7 +243,7 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         """The rows at one number of bitlayers, finished."""
 
         def row_sum(segment, a):
-            return _load(row_sums.at[segment, jnp.int32(a), rows_again()], row_inside, 0)[:, None]
+            return _triton_codes.load(row_sums.at[segment, jnp.int32(a), rows_again()], row_inside, 0)[:, None]
 
         def segment_sum(segment):
             columns = []
@@ -267,7 +263,7 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
 
         def factor(group):
             row = jnp.minimum(count, scale.shape[0]) - 1
-            return _load(scale.at[row, group, channels], inside, 0)[None, :]
+            return _triton_codes.load(scale.at[row, group, channels], inside, 0)[None, :]
 
         unit = epilogue.unit(count, problem.fixed_point_bits)
         if problem.groups == 1:
@@ -300,7 +296,7 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         return jnp.min(jnp.where(found > count, found, contract.MAX_BITS + 1))
 
     def row_counts():  # rows past m count as 0, which no pass is for
-        return _load(counts.at[rows_again()], row_inside, 0)
+        return _triton_codes.load(counts.at[rows_again()], row_inside, 0)
 
     def rows_again():
         """`rows`, but so that addresses are computed where they are used, behind the loops.
@@ -313,32 +309,6 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
     lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
 
 
-def _inside(first: jax.Array, size: int, total: int) -> jax.Array | None:
-    """Which of `size` places from `first` on are below `total`; None for all, whatever the program."""
-    return None if total % size == 0 else first + jnp.arange(size, dtype=jnp.int32) < total
-
-
-def _load(ref: Any, mask: jax.Array | None, other: int) -> jax.Array:
-    """`other` where the mask, if there is one, does not hold."""
-    return _compat.triton_load(ref, mask=mask, other=None if mask is None else jnp.asarray(other, ref.dtype))
-
-
-def _load_words(words, problem, config, channels, inside, start, stop, first, last, used) -> list[jax.Array]:
-    """uint32[block_words, block_n] of each of the bitlayers first..last, zeros from the one numbered `used` on."""
-    shape = config.block_words, config.block_n
-    masks = [] if inside is None else [inside[None, :]]
-    if not _is_even(problem, config):
-        masks.append((start + jnp.arange(config.block_words, dtype=jnp.int32) < stop)[:, None])
-    return [
-        _load(
-            words.at[jnp.int32(first + i), pl.ds(start, config.block_words), channels],
-            _all(shape, [jnp.broadcast_to(i < used, shape), *masks]),
-            0,
-        )
-        for i in range(last - first)
-    ]
-
-
 def _load_rows(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:
     """int8[block_rows, 32 * block_words] of limb a; where there is no activation, what stands for zero."""
     k = config.block_words * contract.WORD_BITS
@@ -346,50 +316,12 @@ def _load_rows(x, problem, config, rows, row_inside, a, start, stop) -> jax.Arra
     if not _is_even(problem, config):
         masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
     ref = x.at[jnp.int32(a), rows, pl.ds(start * contract.WORD_BITS, k)]
-    return _load(ref, _all((config.block_rows, k), masks), 0 if a == 0 else -_HALF)
-
-
-def _all(shape: tuple[int, int], masks: list[jax.Array]) -> jax.Array | None:
-    return functools.reduce(jnp.logical_and, (jnp.broadcast_to(mask, shape) for mask in masks)) if masks else None
+    return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -_HALF)
 
 
 def _is_even(problem: contract.Problem, config: Config) -> bool:
     """Every segment, or part of one, consists of whole blocks of words."""
     return all((stop - start) % config.block_words == 0 for _, start, stop in problem.segments)
-
-
-def _codes(bitlayers: list[jax.Array], config: Config) -> jax.Array:
-    """uint32[block_words, block_n] of each bitlayer -> int8[32 * block_words, block_n], c8 - 128."""
-    fields = [~bitlayers[0], *bitlayers[1:]]  # the top bit of a byte, inverted, is 128 less
-    fields += [jnp.zeros_like(fields[0])] * (contract.LIMB_BITS - len(fields))
-    for distance, kept in _EXCHANGES:
-        fields = _exchange(fields, distance, kept)
-    # Word 7 - p has position p. Selected, not joined: the position is one of a lane's own, so that nothing is done.
-    position = jnp.arange(_POSITIONS, dtype=jnp.int32)[None, :, None]
-    shape = config.block_words, _POSITIONS, config.block_n
-    field = jnp.broadcast_to(fields[_POSITIONS - 1][:, None, :], shape)
-    for p in range(1, _POSITIONS):
-        field = jnp.where(jnp.broadcast_to(position == p, shape), fields[_POSITIONS - 1 - p][:, None, :], field)
-    shift = 8 * jnp.arange(_BYTES, dtype=jnp.uint32)[None, None, :, None]
-    values = (field[:, :, None, :] >> shift).astype(jnp.int32).astype(jnp.int8)
-    return values.reshape(config.block_words * contract.WORD_BITS, config.block_n)
-
-
-def _exchange(fields: list[jax.Array], distance: int, kept: int) -> list[jax.Array]:
-    """Rows i and i + distance exchange the bits outside of `kept` of one for those inside of the other."""
-    out = list(fields)
-    given = jnp.uint32(kept ^ 0xFFFFFFFF)
-    shift = jnp.uint32(distance)
-    for i in range(len(fields)):
-        if i & distance:
-            continue
-        upper, lower = fields[i], fields[i + distance]
-        # Bits of the first word where `given`, else of the second: written so that it is one LOP3.
-        moved = lower >> shift
-        out[i] = moved ^ ((upper ^ moved) & given)
-        moved = upper << shift
-        out[i + distance] = lower ^ ((moved ^ lower) & given)
-    return out
 
 
 def _population_count(word: jax.Array) -> jax.Array:

@@ -20,9 +20,9 @@ import numpy as np
 from pallas_kernels.bit_matmul import contract, epilogue, limbs
 from pallas_kernels.bit_matmul._mosaic_kernel import LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
 
-# Cost grows with rows * limbs, and at 64 of them 4 bitlayers need the 1-bit tensor core for about as long as Hopper's
-# memory needs for bf16 weights: estimated from 0.54 BMMA per clock and multiprocessor, not measured.
-_MAX_ROW_LIMBS = 64
+# Cost grows with rows * limbs and bitlayers: beyond this `triton` unpacks the weights for the int8 tensor core instead,
+# whose cost hardly does. An estimate, from 0.54 BMMA per clock and multiprocessor and the instructions of that kernel.
+_MAX_ROW_LIMBS = 32
 _PROGRAM_ROW_LIMBS = 8  # per program: 64 registers of sums
 _MAX_REGISTERS = 96  # of `Config.registers`, where a choice is left; addresses and the rest take up to 32
 _MIN_PROGRAMS = 256  # about two for each of Hopper's 132 multiprocessors
@@ -46,7 +46,7 @@ def unsupported(problem: contract.Problem) -> str | None:
     if row_limbs > _MAX_ROW_LIMBS:
         return (
             f"rows times 8-bit limbs of activations must be at most {_MAX_ROW_LIMBS}, but got {problem.m} * "
-            f"{problem.activation_limbs}: beyond that, unpacked weights on the ordinary tensor core are faster"
+            f"{problem.activation_limbs}: beyond that, weights unpacked for the int8 tensor core should be faster: name `triton`"
         )
     return None
 

@@ -2,7 +2,8 @@
 
 Few rows of fixed point go to `_triton_serial`, which works on the words themselves, many to `_triton_int8`, which
 unpacks words for the int8 tensor core; both sum the same integers, so which one runs never shows. Float activations go
-to `_triton_dot`, which unpacks words for the bfloat16 tensor core. `matmul` and `prefixes` are those of the contract;
+to `_triton_dot`, which unpacks words for the bfloat16 tensor core, or, for very many rows, to `_triton_unpack`, which
+unpacks them once for a dot of XLA's. `matmul` and `prefixes` are those of the contract;
 `interpret` runs their kernels on the CPU, as JAX operations.
 """
 
@@ -12,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.bit_matmul import _triton_dot, _triton_int8, _triton_serial, contract, epilogue
+from pallas_kernels.bit_matmul import _triton_dot, _triton_int8, _triton_serial, _triton_unpack, contract, epilogue
 
 SerialConfig = _triton_serial.Config
 Int8Config = _triton_int8.Config
 DotConfig = _triton_dot.Config
-Config = SerialConfig | Int8Config | DotConfig
+UnpackConfig = _triton_unpack.Config
+Config = SerialConfig | Int8Config | DotConfig | UnpackConfig
+_FLOAT_CONFIGS = (DotConfig, UnpackConfig)
 
 _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
 # Rows * activation bits up to which the words themselves are faster. An estimate from machine code, not measured: a
@@ -25,6 +28,9 @@ _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
 # per clock; to unpack 32 codes of up to 8 bitlayers costs 4 instructions each, of which it issues 128 per clock. With 4
 # bitlayers these meet below 8; that the other kernel has barriers in its loop, unknown in cost, speaks for more.
 _SERIAL_WORK = 32
+# Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate, not measured.
+# `_triton_dot` unpacks again for every 64 rows.
+_XLA_DOT_ROWS = 256
 _MIN_FLOAT_GROUP = 512  # k of one dot's 16 words; shorter groups would leave most of it empty
 
 
@@ -50,7 +56,8 @@ def unsupported(problem: contract.Problem) -> str | None:
 def config_for(problem: contract.Problem) -> Config:
     """How a problem is cut into programs, by its shape alone; the type says which kernel runs it."""
     if problem.activation_bits is None:
-        return _triton_dot.config_for(problem)
+        many = problem.m >= _XLA_DOT_ROWS and problem.groups == 1
+        return (_triton_unpack if many else _triton_dot).config_for(problem)
     few = problem.m * problem.activation_bits <= _SERIAL_WORK
     return (_triton_serial if few else _triton_int8).config_for(problem)
 
@@ -86,6 +93,8 @@ def _matmul(
     if isinstance(config, SerialConfig):
         sums = _triton_serial.limb_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
         return epilogue.scale_segments(problem, sums, scale, bitlayers)
+    if isinstance(config, UnpackConfig):
+        return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
     sums = _triton_dot.group_sums(problem, x, words, bitlayers, config=config, interpret=interpret)
     return jnp.sum(sums * jax.vmap(epilogue.scale_rows, in_axes=(1, None))(scale, bitlayers), axis=0)
 
@@ -119,13 +128,19 @@ def prefixes(
 
 
 def _check(problem: contract.Problem, config: Config | None) -> Config:
-    default = config_for(problem)
-    if config is not None and isinstance(config, DotConfig) != isinstance(default, DotConfig):
+    if config is None:
+        return config_for(problem)
+    is_float = problem.activation_bits is None
+    if isinstance(config, _FLOAT_CONFIGS) != is_float:
         raise TypeError(
-            f"`config` must be that of a kernel for {'float' if isinstance(default, DotConfig) else 'fixed-point'} "
-            f"activations, but got {config}. `config_for` returns one."
+            f"`config` must be that of a kernel for {'float' if is_float else 'fixed-point'} activations, but got "
+            f"{config}. `config_for` returns one."
         )
-    return config or default
+    if isinstance(config, UnpackConfig) and problem.groups > 1:
+        raise ValueError(
+            f"`config` must be a DotConfig for {problem.groups} groups, but got {config}. `config_for` returns one."
+        )
+    return config
 
 
 def _pad(problem: contract.Problem, x: jax.Array) -> jax.Array:
