@@ -13,16 +13,20 @@ row of 16 bits and 2 bitlayers 3 %.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bit_matmul import contract, epilogue, limbs
+from pallas_kernels.bit_matmul import contract, epilogue, limbs, tuned
 from pallas_kernels.bit_matmul._mosaic_kernel import LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
 
 # Cost grows with rows * limbs and bitlayers: beyond this `triton` unpacks the weights for the int8 tensor core instead,
 # whose cost hardly does. An estimate, from 0.54 BMMA per clock and multiprocessor and the instructions of that kernel.
 _MAX_ROW_LIMBS = 32
+CONFIGS = {"bmma": Config}
 _PROGRAM_ROW_LIMBS = 8  # per program: 64 registers of sums
 _MAX_REGISTERS = 96  # of `Config.registers`, where a choice is left; addresses and the rest take up to 32
 _MIN_PROGRAMS = 256  # about two for each of Hopper's 132 multiprocessors
@@ -46,7 +50,7 @@ def unsupported(problem: contract.Problem) -> str | None:
     if row_limbs > _MAX_ROW_LIMBS:
         return (
             f"rows times 8-bit limbs of activations must be at most {_MAX_ROW_LIMBS}, but got {problem.m} * "
-            f"{problem.activation_limbs}: beyond that, weights unpacked for the int8 tensor core should be faster: name `triton`"
+            f"{problem.activation_limbs}: beyond that, unpacked weights on the int8 tensor core should be faster"
         )
     return None
 
@@ -71,6 +75,17 @@ def config_for(problem: contract.Problem) -> Config:
     return config if enough and config.split_words <= segment else with_steps(1)
 
 
+def candidates(problem: contract.Problem) -> list[Config]:
+    """Configurations worth timing; the first is that of `config_for`."""
+    default = config_for(problem)
+    found = [
+        dataclasses.replace(default, steps=steps, depth=depth, warps_k=warps_k)
+        for steps, depth, warps_k in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 4))
+    ]
+    row_limbs = default.rows * problem.activation_limbs
+    return list(dict.fromkeys([default, *(c for c in found if c.registers(row_limbs) <= _MAX_REGISTERS)]))
+
+
 def matmul(
     problem: contract.Problem,
     x: jax.Array,
@@ -80,11 +95,13 @@ def matmul(
     *,
     config: Config | None = None,
 ) -> jax.Array:
-    """The product of the contract. `config` defaults to `config_for(problem)` and never shows in the result."""
+    """The product of the contract. `config` never shows in it; it defaults to what was measured, or `config_for`."""
     _check(problem)
     if 0 in (problem.m, problem.k, problem.n):
         return jnp.zeros((problem.m, problem.n), jnp.float32)
-    plan = Plan(problem=problem, config=config or config_for(problem), sweep=False)
+    plan = Plan(
+        problem=problem, config=config or tuned.find("mosaic", problem, CONFIGS) or config_for(problem), sweep=False
+    )
     sums = _sums(plan, x, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
     firsts = jnp.array([first for first, _ in problem.code_limbs])
     used = jnp.clip(bitlayers[None] - firsts[:, None], 0, contract.LIMB_BITS)  # [code limbs, m]

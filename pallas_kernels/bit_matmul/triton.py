@@ -9,17 +9,31 @@ unpacks them once for a dot of XLA's. `matmul` and `prefixes` are those of the c
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.bit_matmul import _triton_dot, _triton_int8, _triton_serial, _triton_unpack, contract, epilogue
+from pallas_kernels.bit_matmul import (
+    _triton_dot,
+    _triton_int8,
+    _triton_serial,
+    _triton_unpack,
+    contract,
+    epilogue,
+    tuned,
+)
 
 SerialConfig = _triton_serial.Config
 Int8Config = _triton_int8.Config
 DotConfig = _triton_dot.Config
 UnpackConfig = _triton_unpack.Config
 Config = SerialConfig | Int8Config | DotConfig | UnpackConfig
+CONFIGS = {"serial": SerialConfig, "int8": Int8Config, "dot": DotConfig, "unpack": UnpackConfig}
 _FLOAT_CONFIGS = (DotConfig, UnpackConfig)
 
 _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
@@ -28,6 +42,7 @@ _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
 # per clock; to unpack 32 codes of up to 8 bitlayers costs 4 instructions each, of which it issues 128 per clock. With 4
 # bitlayers these meet below 8; that the other kernel has barriers in its loop, unknown in cost, speaks for more.
 _SERIAL_WORK = 32
+_MAX_SERIAL_WORK = 256  # beyond which it is not worth timing
 # Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate, not measured.
 # `_triton_dot` unpacks again for every 64 rows.
 _XLA_DOT_ROWS = 256
@@ -60,6 +75,32 @@ def config_for(problem: contract.Problem) -> Config:
         return (_triton_unpack if many else _triton_dot).config_for(problem)
     few = problem.m * problem.activation_bits <= _SERIAL_WORK
     return (_triton_serial if few else _triton_int8).config_for(problem)
+
+
+def candidates(problem: contract.Problem) -> list[Config]:
+    """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`."""
+    found: list[Config] = [config_for(problem)]
+    if problem.activation_bits is None:
+        found += _variants(_triton_dot.config_for(problem), num_warps=(4, 8), block_n=(64, 128))
+        if problem.groups == 1:
+            found += _variants(_triton_unpack.config_for(problem), num_warps=(4, 8))
+    else:
+        serial = _triton_serial.config_for(problem)
+        if problem.m * problem.activation_bits <= _MAX_SERIAL_WORK:
+            blocks = sorted({max(1, serial.num_blocks // 2), serial.num_blocks, 2 * serial.num_blocks})
+            found += _variants(serial, num_blocks=blocks, block_words=(2, 4, 8))
+        int8 = _triton_int8.config_for(problem)
+        parts = (None,) if problem.groups > 1 else (None, 1, 2, 4, 8, 16)
+        found += _variants(int8, parts=parts, block_rows=(64, 128)[: 1 + (problem.m > 64)])
+        found += _variants(int8, parts=parts, num_warps=(8,), block_words=(8,))
+    return list(dict.fromkeys(found))
+
+
+def _variants(config: Any, **choices: Iterable[int | None]) -> list[Any]:
+    return [
+        dataclasses.replace(config, **dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
+    ]
 
 
 def matmul(
@@ -128,8 +169,7 @@ def prefixes(
 
 
 def _check(problem: contract.Problem, config: Config | None) -> Config:
-    if config is None:
-        return config_for(problem)
+    config = config or tuned.find("triton", problem, CONFIGS) or config_for(problem)
     is_float = problem.activation_bits is None
     if isinstance(config, _FLOAT_CONFIGS) != is_float:
         raise TypeError(
