@@ -102,10 +102,11 @@ def matmul(
     plan = Plan(
         problem=problem, config=config or tuned.find("mosaic", problem, CONFIGS) or config_for(problem), sweep=False
     )
-    sums = _sums(plan, x, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
+    packed = pack(problem, x)
+    sums = _sums(plan, packed, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
     firsts = jnp.array([first for first, _ in problem.code_limbs])
     used = jnp.clip(bitlayers[None] - firsts[:, None], 0, contract.LIMB_BITS)  # [code limbs, m]
-    values = _center(plan, x, sums, used)
+    values = _center(plan, packed, sums, used)
     return _to_float(problem, values, scale, bitlayers)
 
 
@@ -124,10 +125,11 @@ def prefixes(
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
     plan = Plan(problem=problem, config=config or config_for(problem), sweep=True)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
-    sums = _sums(plan, x, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
+    packed = pack(problem, x)
+    sums = _sums(plan, packed, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
     position = np.arange(problem.bits) % contract.LIMB_BITS + 1
     used = jnp.broadcast_to(jnp.array(position, jnp.int32)[:, None], (problem.bits, problem.m))
-    values = _center(plan, x, sums, used)
+    values = _center(plan, packed, sums, used)
     results = []
     for count in range(1, problem.bits + 1):
         taken = [values[min(count, last) - 1] for first, last in problem.code_limbs if first < count]
@@ -142,11 +144,11 @@ def _check(problem: contract.Problem) -> None:
         raise contract.Unsupported(reason)
 
 
-def _sums(plan: Plan, x: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
+def _sums(plan: Plan, packed: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
     """x . code of each slot, segment and limb. int32[slots, segments, activation limbs, m, n]."""
     from pallas_kernels.bit_matmul import _mosaic_gpu  # Mosaic GPU is imported where it is used, and nowhere else
 
-    return add_splits(plan, _mosaic_gpu.launch(plan, words, fragments(plan, x), counts(plan, bitlayers)))
+    return add_splits(plan, _mosaic_gpu.launch(plan, words, fragments(plan, packed), counts(plan, bitlayers)))
 
 
 def add_splits(plan: Plan, sums: jax.Array) -> jax.Array:
@@ -164,17 +166,22 @@ def counts(plan: Plan, bitlayers: jax.Array) -> jax.Array:
     return padded.reshape(plan.row_blocks, plan.config.rows)
 
 
-def fragments(plan: Plan, x: jax.Array) -> jax.Array:
+def pack(problem: contract.Problem, x: jax.Array) -> jax.Array:
+    """The bits of the activations. uint32[column, activation limbs, m, num_words], column j: bit j of the limb."""
+    x = jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))
+    codes = limbs.split(x, problem.activation_limbs)
+    codes = codes.astype(jnp.uint32).reshape(*codes.shape[:2], -1, contract.WORD_BITS)
+    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)[None, None, None, None, :]
+    column = jnp.arange(contract.LIMB_BITS, dtype=jnp.uint32)[:, None, None, None, None]
+    # A sign-extended top limb has its sign in bit 7, whatever its width.
+    return jnp.sum(((codes[None] >> column) & jnp.uint32(1)) << position, axis=-1, dtype=jnp.uint32)
+
+
+def fragments(plan: Plan, packed: jax.Array) -> jax.Array:
     """The B fragments of all mma, in the order in which lanes load them. uint32[`plan.fragments_shape`]."""
     problem, config = plan.problem, plan.config
-    codes = jnp.pad(_codes(problem, x), ((0, 0), (0, plan.row_blocks * config.rows - problem.m), (0, 0)))
-    codes = codes.astype(jnp.uint32).reshape(*codes.shape[:2], -1, contract.WORD_BITS)
-    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)[None, None, None, :]
-    bits = [  # column j: bit j of the limb. A sign-extended top limb has its sign in bit 7, whatever its width
-        jnp.sum(((codes >> jnp.uint32(j)) & jnp.uint32(1)) << position, axis=-1, dtype=jnp.uint32)
-        for j in range(contract.LIMB_BITS)
-    ]
-    packed = _split(plan, jnp.stack(bits))  # [column, limbs, rows, splits * split words]
+    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, plan.row_blocks * config.rows - problem.m), (0, 0)))
+    packed = _split(plan, packed)  # [column, limbs, rows, splits * split words]
     packed = packed.reshape(
         contract.LIMB_BITS,
         problem.activation_limbs,
@@ -187,12 +194,6 @@ def fragments(plan: Plan, x: jax.Array) -> jax.Array:
     )
     # -> row block, split, step, row, limb, column, q, half: lane 4 * column + q has b0 and b1 side by side
     return jnp.transpose(packed, (2, 4, 5, 3, 1, 0, 7, 6)).reshape(plan.fragments_shape)
-
-
-def _codes(problem: contract.Problem, x: jax.Array) -> jax.Array:
-    """int32[activation limbs, m, 32 * num_words], zero past k."""
-    x = jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))
-    return limbs.split(x, problem.activation_limbs)
 
 
 def _split(plan: Plan, per_word: jax.Array) -> jax.Array:
@@ -208,11 +209,15 @@ def _split(plan: Plan, per_word: jax.Array) -> jax.Array:
     return jnp.take(padded, source, axis=-1)
 
 
-def _center(plan: Plan, x: jax.Array, sums: jax.Array, used: jax.Array) -> jax.Array:
+def _center(plan: Plan, packed: jax.Array, sums: jax.Array, used: jax.Array) -> jax.Array:
     """2 * (q . c) - (2**used - 1) * sum_k q, exact. int32[slots, segments, activation limbs, m, n]."""
-    codes = _codes(plan.problem, x)
-    word_sums = codes.reshape(*codes.shape[:2], -1, contract.WORD_BITS).sum(axis=-1)
-    row_sums = _split(plan, word_sums).reshape(*codes.shape[:2], len(plan.problem.segments), -1).sum(axis=-1)
+    # Of the bits, not of the codes: so the codes have one reader, into which a compiler may fuse what makes them.
+    weights = np.full((contract.LIMB_BITS, plan.problem.activation_limbs), 1) << np.arange(contract.LIMB_BITS)[:, None]
+    weights[-1, 0] *= -1  # the sign
+    word_sums = jnp.sum(
+        jax.lax.population_count(packed).astype(jnp.int32) * weights[..., None, None].astype(np.int32), axis=0
+    )
+    row_sums = _split(plan, word_sums).reshape(*packed.shape[1:3], len(plan.problem.segments), -1).sum(axis=-1)
     row_sums = jnp.moveaxis(row_sums, -1, 0)[None, ..., None]  # [1, segments, activation limbs, m, 1]
     return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * row_sums
 
