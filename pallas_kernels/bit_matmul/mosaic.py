@@ -102,7 +102,7 @@ def matmul(
     plan = Plan(
         problem=problem, config=config or tuned.find("mosaic", problem, CONFIGS) or config_for(problem), sweep=False
     )
-    packed = pack(problem, x)
+    packed = fragments(plan, x)
     sums = _sums(plan, packed, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
     firsts = jnp.array([first for first, _ in problem.code_limbs])
     used = jnp.clip(bitlayers[None] - firsts[:, None], 0, contract.LIMB_BITS)  # [code limbs, m]
@@ -125,7 +125,7 @@ def prefixes(
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
     plan = Plan(problem=problem, config=config or config_for(problem), sweep=True)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
-    packed = pack(problem, x)
+    packed = fragments(plan, x)
     sums = _sums(plan, packed, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
     position = np.arange(problem.bits) % contract.LIMB_BITS + 1
     used = jnp.broadcast_to(jnp.array(position, jnp.int32)[:, None], (problem.bits, problem.m))
@@ -148,7 +148,7 @@ def _sums(plan: Plan, packed: jax.Array, words: jax.Array, bitlayers: jax.Array)
     """x . code of each slot, segment and limb. int32[slots, segments, activation limbs, m, n]."""
     from pallas_kernels.bit_matmul import _mosaic_gpu  # Mosaic GPU is imported where it is used, and nowhere else
 
-    return add_splits(plan, _mosaic_gpu.launch(plan, words, fragments(plan, packed), counts(plan, bitlayers)))
+    return add_splits(plan, _mosaic_gpu.launch(plan, words, packed, counts(plan, bitlayers)))
 
 
 def add_splits(plan: Plan, sums: jax.Array) -> jax.Array:
@@ -166,24 +166,17 @@ def counts(plan: Plan, bitlayers: jax.Array) -> jax.Array:
     return padded.reshape(plan.row_blocks, plan.config.rows)
 
 
-def pack(problem: contract.Problem, x: jax.Array) -> jax.Array:
-    """The bits of the activations. uint32[column, activation limbs, m, num_words], column j: bit j of the limb."""
-    x = jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))
-    codes = limbs.split(x, problem.activation_limbs)
-    codes = codes.astype(jnp.uint32).reshape(*codes.shape[:2], -1, contract.WORD_BITS)
-    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)[None, None, None, None, :]
-    column = jnp.arange(contract.LIMB_BITS, dtype=jnp.uint32)[:, None, None, None, None]
-    # A sign-extended top limb has its sign in bit 7, whatever its width.
-    return jnp.sum(((codes[None] >> column) & jnp.uint32(1)) << position, axis=-1, dtype=jnp.uint32)
+def fragments(plan: Plan, x: jax.Array) -> jax.Array:
+    """The B fragments of all mma, in the order in which lanes load them. uint32[`plan.fragments_shape`].
 
-
-def fragments(plan: Plan, packed: jax.Array) -> jax.Array:
-    """The B fragments of all mma, in the order in which lanes load them. uint32[`plan.fragments_shape`]."""
+    Codes are put into order before their bits are packed: so packing is one reduction, of which quantizing the
+    activations can be a part, and nothing is transposed after it.
+    """
     problem, config = plan.problem, plan.config
-    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, plan.row_blocks * config.rows - problem.m), (0, 0)))
-    packed = _split(plan, packed)  # [column, limbs, rows, splits * split words]
-    packed = packed.reshape(
-        contract.LIMB_BITS,
+    padding = (0, plan.row_blocks * config.rows - problem.m), (0, problem.num_words * contract.WORD_BITS - problem.k)
+    codes = limbs.split(jnp.pad(x, padding), problem.activation_limbs).astype(jnp.uint32)
+    codes = _split(plan, codes.reshape(*codes.shape[:2], -1, contract.WORD_BITS))
+    codes = codes.reshape(
         problem.activation_limbs,
         plan.row_blocks,
         config.rows,
@@ -191,35 +184,49 @@ def fragments(plan: Plan, packed: jax.Array) -> jax.Array:
         config.warps_k * config.steps,
         2,  # words q and q + 4
         STEP_WORDS // 2,
+        contract.WORD_BITS,
     )
-    # -> row block, split, step, row, limb, column, q, half: lane 4 * column + q has b0 and b1 side by side
-    return jnp.transpose(packed, (2, 4, 5, 3, 1, 0, 7, 6)).reshape(plan.fragments_shape)
+    # -> row block, split, step, row, limb, q, half, position: lane 4 * column + q has b0 and b1 side by side
+    codes = jnp.expand_dims(jnp.transpose(codes, (1, 3, 4, 2, 0, 6, 5, 7)), 5)
+    column = jnp.arange(contract.LIMB_BITS, dtype=jnp.uint32).reshape(-1, 1, 1, 1)
+    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)
+    # A sign-extended top limb has its sign in bit 7, whatever its width.
+    bits = jax.lax.broadcast_in_dim(column, (*codes.shape[:5], *column.shape), (5, 6, 7, 8))
+    bits = ((codes >> bits) & jnp.uint32(1)) << jnp.broadcast_to(position, codes.shape)
+    return jnp.sum(bits, axis=-1, dtype=jnp.uint32).reshape(plan.fragments_shape)
 
 
-def _split(plan: Plan, per_word: jax.Array) -> jax.Array:
-    """[..., num_words] -> [..., splits * split words], with zeros where a split is not full."""
+def _split(plan: Plan, words: jax.Array) -> jax.Array:
+    """[.., num_words, 32] -> [.., splits * split words, 32], with zeros where a split is not full."""
     num_words, size = plan.problem.num_words, plan.config.split_words
     source = np.full((len(plan.problem.segments), plan.segment_splits * size), num_words)
     for i, (_, start, stop) in enumerate(plan.problem.segments):
         source[i, : stop - start] = np.arange(start, stop)
     source = source.ravel()
     if np.array_equal(source, np.arange(num_words)):
-        return per_word
-    padded = jnp.pad(per_word, [(0, 0)] * (per_word.ndim - 1) + [(0, 1)])
-    return jnp.take(padded, source, axis=-1)
+        return words
+    inside = jnp.array(source < num_words)[:, None]
+    return jnp.where(inside, jnp.take(words, np.minimum(source, num_words - 1), axis=-2), jnp.zeros((), words.dtype))
+
+
+def _row_sums(plan: Plan, packed: jax.Array) -> jax.Array:
+    """sum_k q of each segment and limb, from the fragments. int32[segments, activation limbs, m]."""
+    problem = plan.problem
+    weights = np.full((problem.activation_limbs, contract.LIMB_BITS), 1) << np.arange(contract.LIMB_BITS)
+    weights[0, -1] *= -1  # the sign
+    ones = (
+        jax.lax.population_count(packed)
+        .astype(jnp.int32)
+        .reshape(plan.row_blocks, len(problem.segments), -1, plan.config.rows, *weights.shape, STEP_WORDS)
+    )  # [row blocks, segments, splits and steps, rows, limbs, columns, words]
+    sums = jnp.sum(ones * weights.astype(np.int32).reshape(1, 1, 1, 1, *weights.shape, 1), axis=(2, 5, 6))
+    sums = jnp.transpose(sums, (1, 3, 0, 2)).reshape(len(problem.segments), problem.activation_limbs, -1)
+    return sums[..., : problem.m]
 
 
 def _center(plan: Plan, packed: jax.Array, sums: jax.Array, used: jax.Array) -> jax.Array:
     """2 * (q . c) - (2**used - 1) * sum_k q, exact. int32[slots, segments, activation limbs, m, n]."""
-    # Of the bits, not of the codes: so the codes have one reader, into which a compiler may fuse what makes them.
-    weights = np.full((contract.LIMB_BITS, plan.problem.activation_limbs), 1) << np.arange(contract.LIMB_BITS)[:, None]
-    weights[-1, 0] *= -1  # the sign
-    word_sums = jnp.sum(
-        jax.lax.population_count(packed).astype(jnp.int32) * weights[..., None, None].astype(np.int32), axis=0
-    )
-    row_sums = _split(plan, word_sums).reshape(*packed.shape[1:3], len(plan.problem.segments), -1).sum(axis=-1)
-    row_sums = jnp.moveaxis(row_sums, -1, 0)[None, ..., None]  # [1, segments, activation limbs, m, 1]
-    return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * row_sums
+    return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * _row_sums(plan, packed)[None, ..., None]
 
 
 def _to_float(problem: contract.Problem, values: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
