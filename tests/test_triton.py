@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bit_matmul import contract, reference, triton
+from pallas_kernels.bit_matmul import _triton_int8, contract, reference, triton
 from tests import cases, oracle
 
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
@@ -86,6 +86,15 @@ def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     bitlayers = case.bits - np.arange(case.m) % case.bits
     x = oracle.activation_codes(rng, case.activation_bits or 8, case.m, case.k)
     return jnp.asarray(x), jnp.asarray(words), jnp.asarray(scale), jnp.asarray(bitlayers, jnp.int32)
+
+
+@pytest.mark.parametrize("m", [70, 2100])
+def test_rows_are_sorted_and_put_back(m):
+    """By comparison and by a sort: rows of equal counts stay in order."""
+    counts = np.random.default_rng(m).integers(1, 9, m)
+    order, rank = _triton_int8._order(jnp.asarray(counts, jnp.int32))
+    np.testing.assert_array_equal(order, np.argsort(counts, stable=True))
+    np.testing.assert_array_equal(order[rank], np.arange(m))
 
 
 def test_rows_decide_the_kernel():

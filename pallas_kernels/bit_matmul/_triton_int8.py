@@ -51,6 +51,7 @@ _BLOCK_N = 128  # with 4 warps and 4 words, a lane loads 4 channels: 16 bytes
 _BLOCK_ROWS = 64
 _BLOCK_WORDS = 4
 _MAX_LIMBS = 2  # 64 registers each
+_MAX_COMPARED_ROWS = 2048  # for as many rows 4 million comparisons
 _MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
@@ -90,15 +91,23 @@ def matmul(
     """The product of the contract. codes: int32[m, 32 * num_words], 0 past k."""
     if problem.m <= config.block_rows:
         return _sorted_matmul(problem, codes, words, scale, bitlayers, config, interpret)
-    # Rows of one count come together, so that few blocks of rows have more than one. Ranks by comparison: one fusion.
-    row = jnp.arange(problem.m, dtype=jnp.int32)
-    before = (bitlayers[None, :] < bitlayers[:, None]) | (
-        (bitlayers[None, :] == bitlayers[:, None]) & (row[None, :] < row[:, None])
-    )
-    rank = jnp.sum(before, axis=1, dtype=jnp.int32)
-    order = jnp.zeros_like(row).at[rank].set(row, unique_indices=True)
-    y = _sorted_matmul(problem, codes[order], words, scale, bitlayers[order], config, interpret)
-    return y[rank]
+    # Rows of one count come together, so that few blocks of rows have more than one.
+    order, rank = _order(bitlayers)
+    return _sorted_matmul(problem, codes[order], words, scale, bitlayers[order], config, interpret)[rank]
+
+
+def _order(bitlayers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows by their number of bitlayers, and the place of each row among them. int32[m] each."""
+    row = jnp.arange(bitlayers.shape[0], dtype=jnp.int32)
+    if row.size > _MAX_COMPARED_ROWS:
+        order = jnp.argsort(bitlayers).astype(jnp.int32)
+    else:
+        before = (bitlayers[None, :] < bitlayers[:, None]) | (
+            (bitlayers[None, :] == bitlayers[:, None]) & (row[None, :] < row[:, None])
+        )
+        rank = jnp.sum(before, axis=1, dtype=jnp.int32)  # one fusion, where a sort is a kernel after the other
+        order = jnp.zeros_like(row).at[rank].set(row, unique_indices=True)
+    return order, jnp.zeros_like(row).at[order].set(row, unique_indices=True)
 
 
 def _sorted_matmul(
