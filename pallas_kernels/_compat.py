@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
+
+JAX_VERSION = jax.__version__  # what measurements are stored with
 
 
 def triton_call(

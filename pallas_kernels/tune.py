@@ -25,6 +25,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import contract, mosaic, triton, tuned
 
 BACKENDS: dict[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
@@ -103,7 +104,7 @@ def tune_and_store(backend: str, problem: contract.Problem, *, kind: str, **opti
         us=round(best, 3),
         default_us=None if times[0][1] == float("inf") else round(times[0][1], 3),
         candidates=len(times),
-        jax=jax.__version__,
+        jax=_compat.JAX_VERSION,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     tuned.store(backend, problem, kernel, config, kind=kind, facts=facts)
