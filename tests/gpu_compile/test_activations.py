@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import importlib
+import multiprocessing
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -35,11 +39,19 @@ _INT8 = 7  # limbs, which are written apart from their sums, and one for numbers
     ],
 )
 def test_kernels_beside_the_product(module, m, width, limit):
+    # In a process of its own: Mosaic GPU compiles for the first GPU that a process was asked for, and here come others.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        names = pool.submit(kernel_names, module.__name__, m, width).result()
+    assert sum(name.startswith("bit_matmul") for name in names) == 1
+    assert len(names) - 1 <= limit, names
+
+
+def kernel_names(module: str, m: int, width: int) -> list[str]:
     problem = contract.Problem(m=m, k=4096, n=4096, bits=8, group_size=None, activation_bits=width)
 
     def product(x, words, scale, bitlayers):
         codes, unit, finite = activations.quantize_rows(x, width)
-        y = module.matmul(problem, codes, words, scale, bitlayers)
+        y = importlib.import_module(module).matmul(problem, codes, words, scale, bitlayers)
         return y * unit[:, None] + jnp.where(finite, 0.0, jnp.nan)[:, None]
 
     described = (
@@ -48,6 +60,4 @@ def test_kernels_beside_the_product(module, m, width, limit):
         jax.ShapeDtypeStruct((4, 1, problem.n), jnp.float32),
         jax.ShapeDtypeStruct((m,), jnp.int32),
     )
-    names = [kernel.name for kernel in machine_code.compile_kernels(product, *described, gpu="h200")]
-    assert sum(name.startswith("bit_matmul") for name in names) == 1
-    assert len(names) - 1 <= limit, names
+    return [kernel.name for kernel in machine_code.compile_kernels(product, *described, gpu="h200")]
