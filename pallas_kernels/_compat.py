@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 
+JAX_VERSION = jax.__version__  # what measurements are stored with
+
 T = TypeVar("T")
 
 

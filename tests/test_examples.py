@@ -267,3 +267,72 @@ def test_sharded():
 @pytest.mark.parametrize("name", ["precision_per_request.py", "sharded.py"])
 def test_short_examples_are_short(name):
     assert len((EXAMPLES / name).read_text().splitlines()) < 80
+
+
+@pytest.fixture
+def benchmark_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def device_time(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    return importlib.import_module("device_time")
+
+
+class TestBenchmarkGpu:
+    def test_rows_plot_and_summary(self, benchmark_gpu, tmp_path, capsys):
+        output = tmp_path / "new" / "gpu.csv"
+        with jax.numpy_dtype_promotion("standard"):  # of the baselines: int8 codes times float scales
+            rows = benchmark_gpu.main(["--smoke", "--runs", "2", "--bandwidth", "1e12", "--output", str(output)])
+        lines = list(csv.DictReader(output.read_text().splitlines()))
+        assert list(lines[0]) == [field.name for field in dataclasses.fields(benchmark_gpu.Row)]
+        # 4 baselines, 8 numbers of bitlayers and a sweep at three widths, cold and warm
+        assert len(lines) == len(rows) == 2 * (4 + 3 * 9)
+        assert {row.l2 for row in rows} == {"cold", "warm"}
+        assert {row.clock for row in rows} == {"wall"}  # no kernels of a GPU here
+        for row in rows:
+            assert row.median_us > 0
+            assert row.fraction_of_limit == pytest.approx(row.bytes / 1e6 / row.median_us, rel=0.01, abs=1e-4)
+        sizes = [row.bytes for row in rows if row.method == "bitlayers" and row.l2 == "cold"][:8]
+        assert sizes == [used * 64 * 16 // 8 + 4 * (64 + 16) for used in range(1, 9)]
+        assert matplotlib.image.imread(output.with_suffix(".png")).ndim == 3
+        assert "64 x 16" in capsys.readouterr().err
+
+    def test_refuses_without_a_gpu(self, benchmark_gpu, monkeypatch, tmp_path):
+        monkeypatch.setattr(benchmark_gpu, "has_gpu", lambda: False)
+        with pytest.raises(SystemExit, match=r"needs an NVIDIA GPU that JAX can use, and found none"):
+            benchmark_gpu.main(["--output", str(tmp_path / "gpu.csv")])
+
+    def test_a_failed_check_times_nothing(self, benchmark_gpu, monkeypatch, tmp_path):
+        monkeypatch.setattr(benchmark_gpu, "has_gpu", lambda: True)
+        monkeypatch.setattr(benchmark_gpu, "check_bits", lambda console, seconds: False)
+        with pytest.raises(SystemExit, match=r"a check failed: nothing was timed"):
+            benchmark_gpu.main(["--output", str(tmp_path / "gpu.csv")])
+        assert not (tmp_path / "gpu.csv").exists()
+
+    def test_stops_in_time(self, benchmark_gpu, tmp_path, capsys):
+        assert benchmark_gpu.main(["--smoke", "--minutes", "0", "--output", str(tmp_path / "gpu.csv")]) == []
+        assert "not measured within 0 minutes: m=1 64x16" in capsys.readouterr().err
+
+    def test_every_kernel_has_a_product_for_the_sanitizer(self, benchmark_gpu):
+        assert benchmark_gpu.run_one_of_each("xla", rows=(3,)) == 3 * 2
+
+    def test_has_gpu_asks_jax(self, benchmark_gpu):
+        assert benchmark_gpu.has_gpu() == (jax.default_backend() == "gpu")
+
+    def test_times_of_a_call_are_those_of_its_kernels(self, device_time):
+        calls = device_time.split_calls([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3)
+        times = device_time.summarize(calls, wall_us=100.0, runs=3)
+        assert (times.median_us, times.wall_us, times.clock, times.kernels) == (7.0, 100.0, "device", 2)
+        assert device_time.split_calls([1.0, 2.0, 3.0], 2) is None  # a kernel that does not belong to every call
+        assert device_time.split_calls([], 2) is None
+        times = device_time.summarize(None, wall_us=100.0, runs=3)
+        assert (times.median_us, times.clock, times.kernels) == (100.0, "wall", 0)
+
+    def test_profile_without_a_gpu_has_no_kernels(self, device_time, tmp_path):
+        with jax.profiler.trace(tmp_path):
+            jax.block_until_ready(jax.numpy.ones(3) + 1)
+        assert list(tmp_path.rglob("*.xplane.pb"))
+        assert device_time.kernel_durations(tmp_path) == []

@@ -168,7 +168,7 @@ def test_every_bit_of_words_and_codes_counts_once():
         (problem(1, 64, 32, 4, activation_bits=None), "`activation_bits` must be an integer"),
         (problem(1, 64, 30, 4), "`n` must be a multiple of 4"),
         (problem(1, 40032, 4, 1, group_size=33024), "`group_size` above 32768 must be a multiple of it"),
-        (problem(33, 64, 32, 4), "must be at most 64, but got 33 \\* 2"),
+        (problem(17, 64, 32, 4), "must be at most 32, but got 17 \\* 2"),
     ],
 )
 def test_unsupported(p, match):

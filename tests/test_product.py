@@ -15,32 +15,16 @@ from hypothesis import strategies as st
 import pbjax
 from pallas_kernels.bit_matmul import activations
 from pbjax import _backends
-from tests import oracle
+from tests import cases, oracle
 
 MIXED = "mixed"  # another number of bitlayers in every row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    bits: int
+class Case(cases.Shape):
     bitlayers: int | str
-    m: int
-    k: int
-    n: int
-    group_size: int | None = None
     activation_bits: int | None = 16
     dtype: str = "float32"
-
-    @property
-    def problem(self):
-        return pbjax.Problem(
-            m=self.m,
-            k=self.k,
-            n=self.n,
-            bits=self.bits,
-            group_size=self.group_size,
-            activation_bits=self.activation_bits,
-        )
 
     def __str__(self):
         dtype = "" if self.activation_bits else f"-{self.dtype}"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bit_matmul import contract, reference, triton
-from tests import oracle
+from pallas_kernels.bit_matmul import _triton_int8, contract, reference, triton
+from tests import cases, oracle
 
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -24,28 +24,11 @@ K_OF_TWO_SEGMENTS = contract.MAX_EXACT_K + 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    m: int
-    k: int
-    n: int
-    bits: int
-    activation_bits: int | None = None
-    group_size: int | None = None
-    cut: dict[str, int] | None = None  # instead of what `config_for` would choose
+class Case(cases.Shape):
+    cut: dict[str, int | None] | None = None  # instead of what `config_for` would choose
 
     @property
-    def problem(self) -> contract.Problem:
-        return contract.Problem(
-            m=self.m,
-            k=self.k,
-            n=self.n,
-            bits=self.bits,
-            group_size=self.group_size,
-            activation_bits=self.activation_bits,
-        )
-
-    @property
-    def config(self) -> triton.Config | triton.DotConfig:
+    def config(self) -> triton.Config:
         return dataclasses.replace(triton.config_for(self.problem), **(self.cut or {}))
 
 
@@ -72,6 +55,28 @@ FIXED_POINT = {
 }
 
 
+SMALL = {"block_n": 16, "block_rows": 16}
+MANY_ROWS = {
+    "one_limb_of_each": Case(m=40, k=140, n=8, bits=4, activation_bits=6, cut=SMALL),
+    "finished_by_its_program": Case(m=40, k=140, n=20, bits=4, activation_bits=6, cut={**SMALL, "parts": None}),
+    "one_block_of_rows": Case(m=12, k=33, n=5, bits=3, activation_bits=8),
+    "two_limbs_of_both": Case(m=17, k=300, n=20, bits=16, activation_bits=16, cut=SMALL),
+    "three_limbs_in_three_passes": Case(m=5, k=31, n=3, bits=8, activation_bits=24, cut={**SMALL, "parts": None}),
+    "more_parts_than_blocks": Case(m=6, k=32 * 9, n=3, bits=5, activation_bits=9, cut={**SMALL, "parts": 7}),
+    "groups_of_a_word": Case(m=6, k=96, n=3, bits=4, activation_bits=6, group_size=32, cut=SMALL),
+    "short_last_group": Case(m=7, k=230, n=3, bits=12, activation_bits=8, group_size=96, cut=SMALL),
+    "groups_in_parts": Case(m=7, k=230, n=3, bits=9, activation_bits=16, group_size=96, cut={**SMALL, "parts": 2}),
+    "two_segments": Case(m=5, k=K_OF_TWO_SEGMENTS, n=2, bits=2, activation_bits=9, cut=SMALL),
+    "two_segments_in_one_program": Case(
+        m=5, k=K_OF_TWO_SEGMENTS, n=2, bits=2, activation_bits=9, cut={**SMALL, "parts": None}
+    ),
+    "segments_inside_groups": Case(
+        m=17, k=2 * K_OF_TWO_SEGMENTS, n=2, bits=1, activation_bits=2, group_size=K_OF_TWO_SEGMENTS + 24, cut=SMALL
+    ),
+}
+EXACT = FIXED_POINT | MANY_ROWS
+
+
 def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Every value of a code and garbage past k; all counts of bitlayers as far as there are rows."""
     rng = np.random.default_rng(case.k)
@@ -83,7 +88,25 @@ def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return jnp.asarray(x), jnp.asarray(words), jnp.asarray(scale), jnp.asarray(bitlayers, jnp.int32)
 
 
-@pytest.mark.parametrize("case", FIXED_POINT.values(), ids=FIXED_POINT)
+@pytest.mark.parametrize("m", [70, 2100])
+def test_rows_are_sorted_and_put_back(m):
+    """By comparison and by a sort: rows of equal counts stay in order."""
+    counts = np.random.default_rng(m).integers(1, 9, m)
+    order, rank = _triton_int8._order(jnp.asarray(counts, jnp.int32))
+    np.testing.assert_array_equal(order, np.argsort(counts, stable=True))
+    np.testing.assert_array_equal(order[rank], np.arange(m))
+
+
+def test_rows_decide_the_kernel():
+    assert {type(case.config) for case in FIXED_POINT.values()} == {triton.SerialConfig}
+    assert {type(case.config) for case in MANY_ROWS.values()} == {triton.Int8Config}
+    assert isinstance(FLOAT["rows_past_a_block"].config, triton.DotConfig)
+    assert isinstance(FLOAT["dot_of_xla"].config, triton.UnpackConfig)
+    groups = dataclasses.replace(FLOAT["dot_of_xla"], k=1024, group_size=512)
+    assert isinstance(groups.config, triton.DotConfig)  # which alone keeps the sums of groups apart
+
+
+@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
 def test_fixed_point_has_the_bits_of_the_reference(case):
     assert triton.unsupported(case.problem) is None
     args = operands(case)
@@ -91,7 +114,9 @@ def test_fixed_point_has_the_bits_of_the_reference(case):
     np.testing.assert_array_equal(product(*args), reference.matmul(case.problem, *args))
 
 
-@pytest.mark.parametrize("case", [FIXED_POINT[name] for name in ("rows_past_a_block", "two_words_at_a_time")])
+@pytest.mark.parametrize(
+    "case", [EXACT[name] for name in ("rows_past_a_block", "two_words_at_a_time", "short_last_group")]
+)
 def test_all_prefixes_have_the_bits_of_the_reference(case):
     """What lies beyond the limit is not looked at."""
     *args, _ = operands(case)
@@ -101,14 +126,39 @@ def test_all_prefixes_have_the_bits_of_the_reference(case):
         np.testing.assert_array_equal(sweep(*args, jnp.int32(limit))[:limit], expected[:limit])
 
 
-def test_largest_sums_do_not_overflow():
+@pytest.mark.parametrize("m", [1, 5])
+def test_largest_sums_do_not_overflow(m):
     """All codes at their top, all activations at their lowest, k as large as int32 allows in one segment."""
-    case = Case(m=1, k=contract.MAX_EXACT_K, n=1, bits=8, activation_bits=8)
-    x = jnp.full((1, case.k), -128, jnp.int32)
+    case = Case(m=m, k=contract.MAX_EXACT_K, n=1, bits=8, activation_bits=8)
+    x = jnp.full((m, case.k), -128, jnp.int32)
     words = jnp.full((8, case.problem.num_words, 1), 0xFFFFFFFF, jnp.uint32)
-    args = (x, words, jnp.ones((4, 1, 1), jnp.float32), jnp.array([8], jnp.int32))
+    args = (x, words, jnp.ones((4, 1, 1), jnp.float32), jnp.full((m,), 8, jnp.int32))
     y = jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(*args)
-    assert y[0, 0] == np.float32(-128 * 255 * case.k) * np.float32(2.0 ** -(8 + 8 - 2))
+    np.testing.assert_array_equal(y, np.float32(-128 * 255 * case.k) * np.float32(2.0 ** -(8 + 8 - 2)))
+
+
+def test_largest_sums_of_a_lower_limb_do_not_overflow():
+    case = Case(m=3, k=contract.MAX_EXACT_K, n=2, bits=8, activation_bits=16)
+    x = jnp.array([-1, 255, 32767])[:, None] * jnp.ones((1, case.k), jnp.int32)  # the lower limb is 255
+    words = jnp.stack(
+        [jnp.zeros((8, case.problem.num_words)), jnp.full((8, case.problem.num_words), 2**32 - 1)], axis=2
+    )
+    args = (x, words.astype(jnp.uint32), jnp.ones((4, 1, 2), jnp.float32), jnp.array([8, 8, 1], jnp.int32))
+    y = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config, interpret=True))(*args)
+    np.testing.assert_array_equal(y, reference.matmul(case.problem, *args))
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_a_row_does_not_depend_on_others(m):
+    """Alone, on the other kernel, with other counts beside it: the same bits."""
+    case = Case(m=m, k=140, n=5, bits=6, activation_bits=16)
+    x, words, scale, bitlayers = operands(case)
+    y = jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(x, words, scale, bitlayers)
+    alone = dataclasses.replace(case, m=1)
+    assert isinstance(alone.config, triton.SerialConfig)
+    one = jax.jit(lambda *a: triton.matmul(alone.problem, *a, interpret=True))
+    for row in (0, m - 1):
+        np.testing.assert_array_equal(y[row], one(x[row : row + 1], words, scale, bitlayers[row : row + 1])[0])
 
 
 FLOAT = {
@@ -117,6 +167,8 @@ FLOAT = {
     "rows_past_a_block": Case(m=70, k=33, n=66, bits=3),
     "short_last_group": Case(m=3, k=1300, n=4, bits=5, group_size=512, cut={"num_blocks": 1}),
     "many_blocks": Case(m=2, k=32 * 16 * 3, n=4, bits=4, cut={"num_blocks": 2}),
+    "dot_of_xla": Case(m=256, k=33, n=5, bits=3),
+    "dot_of_xla_two_code_limbs": Case(m=256, k=140, n=70, bits=11, cut={"block_n": 32, "block_words": 2}),
 }
 
 
@@ -135,7 +187,8 @@ def assert_close(case: Case, y: jax.Array, x: jax.Array, words: jax.Array, scale
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(name, jnp.float32) for name in FLOAT] + [("two_code_limbs", jnp.bfloat16), ("two_code_limbs", jnp.float16)],
+    [(name, jnp.float32) for name in FLOAT]
+    + [(name, dtype) for name in ("two_code_limbs", "dot_of_xla") for dtype in (jnp.bfloat16, jnp.float16)],
 )
 def test_float_activations(case, dtype):
     case = FLOAT[case]
@@ -164,16 +217,22 @@ def test_unsupported():
     problem = Case(m=1, k=256, n=3, bits=4, group_size=128).problem
     assert triton.unsupported(dataclasses.replace(problem, activation_bits=8)) is None
     assert "at least 512 weights here, but has 128" in triton.unsupported(problem)
-    many_rows = dataclasses.replace(problem, activation_bits=16, m=10**6)
-    assert "more than 536870912" in triton.unsupported(dataclasses.replace(many_rows, n=4096))
+    many_groups = Case(m=1, k=2**20, n=4096, bits=16, group_size=32, activation_bits=8).problem
+    many_rows = Case(m=10**6, k=256, n=4096, bits=16, activation_bits=16).problem
+    for too_large in (many_groups, many_rows):
+        assert "more than 536870912" in triton.unsupported(too_large)
+    assert triton.unsupported(dataclasses.replace(many_rows, bits=8)) is None
     assert "k is 0" in triton.unsupported(dataclasses.replace(problem, k=0))
 
 
 def test_configuration_of_another_kernel():
     case = FIXED_POINT["one_of_everything"]
     config = triton.config_for(FLOAT["one_row"].problem)
-    with pytest.raises(TypeError, match=r"`config` must be of the type that `config_for` returns"):
+    with pytest.raises(TypeError, match=r"`config` must be that of a kernel for fixed-point activations, but got"):
         triton.matmul(case.problem, *operands(case), config=config)
+    case, many = FLOAT["short_last_group"], triton.config_for(FLOAT["dot_of_xla"].problem)
+    with pytest.raises(ValueError, match=r"`config` must be a DotConfig for 3 groups, but got Config"):
+        triton.matmul(case.problem, *float_operands(case, jnp.float32), config=many)
 
 
 def test_nothing_to_multiply():
@@ -183,9 +242,7 @@ def test_nothing_to_multiply():
     assert triton.prefixes(problem, *args, jnp.int32(4)).shape == (4, 0, 3)
 
 
-@pytest.mark.parametrize(
-    "case", [*FIXED_POINT.values(), *FLOAT.values()], ids=[*FIXED_POINT, *(f"float_{name}" for name in FLOAT)]
-)
+@pytest.mark.parametrize("case", [*EXACT.values(), *FLOAT.values()], ids=[*EXACT, *(f"float_{name}" for name in FLOAT)])
 def test_lowers_for_cuda(case):
     """Without a GPU: what Triton's dialect cannot express fails here, not on the user's machine."""
     *args, bitlayers = operands(case) if case.activation_bits else float_operands(case, jnp.float32)

@@ -94,7 +94,8 @@ def limb_sums(
     """
     assert problem.activation_bits is not None
     cut = _cut(problem, config)
-    packed = cut.arrange(limbs.pack(codes, problem.activation_bits))
+    bits = limbs.pack(codes, problem.activation_bits)
+    packed = cut.arrange(bits)
     padding = -problem.m % config.block_rows
     packed = jnp.pad(packed, ((0, padding), (0, 0), (0, 0)))
     num_kept = problem.bits if sweep else len(problem.code_limbs)
@@ -110,7 +111,7 @@ def limb_sums(
         interpret=interpret,
     )(jnp.asarray(cut.first_words), packed, jnp.pad(bitlayers, (0, padding)), words)
     parts = parts[:, :, :, : problem.m].reshape(len(problem.segments), -1, *parts.shape[1:3], problem.m, problem.n)
-    return _centre(problem, parts.sum(axis=1), _row_sums(problem, codes), bitlayers, sweep)
+    return _centre(problem, parts.sum(axis=1), _row_sums(problem, bits), bitlayers, sweep)
 
 
 def _kernel(first_words, packed, counts, words, out, *, problem: contract.Problem, config: Config, sweep: bool):
@@ -304,8 +305,18 @@ def _centre(
     return jnp.transpose(by_limb, (0, 3, 2, 1, 4, 5)).reshape(shape)
 
 
-def _row_sums(problem: contract.Problem, codes: jax.Array) -> jax.Array:
-    """sum_k q_a by segment. int32[segments, activation limbs, m]."""
-    parts = limbs.split(codes, problem.activation_limbs)
-    word_sums = parts.reshape(*parts.shape[:2], problem.num_words, contract.WORD_BITS).sum(axis=-1)
-    return jnp.stack([word_sums[..., start:stop].sum(axis=-1) for _, start, stop in problem.segments])
+def _row_sums(problem: contract.Problem, packed: jax.Array) -> jax.Array:
+    """sum_k q_a by segment, from the bits of the codes. int32[segments, activation limbs, m].
+
+    Not from the codes: so the codes have one reader, into which XLA may fuse what makes them.
+    """
+    bit = np.arange(problem.fixed_point_bits)
+    weights = np.where(bit == bit[-1], -1, 1) << bit % contract.LIMB_BITS
+    counts = lax.population_count(packed).astype(jnp.int32) * weights.astype(np.int32)[None, :, None]
+    by_word = jnp.stack(
+        [
+            counts[:, low : low + contract.LIMB_BITS].sum(axis=1)
+            for low in range(contract.LIMB_BITS * (problem.activation_limbs - 1), -1, -contract.LIMB_BITS)
+        ]
+    )
+    return jnp.stack([by_word[..., start:stop].sum(axis=-1) for _, start, stop in problem.segments])

@@ -6,6 +6,8 @@ product that is added to something is exact (by a power of two, or of two 12-bit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -36,14 +38,29 @@ def combine_limbs(limbs: jax.Array, bitlayers: jax.Array) -> jax.Array:
     """
     columns = []
     for c in range(limbs.shape[1]):
-        value = limbs[0, c].astype(jnp.float32)
-        for a in range(1, limbs.shape[0]):
-            value = value * 2.0**contract.LIMB_BITS + limbs[a, c].astype(jnp.float32)
+        value = None
+        for a in range(limbs.shape[0]):
+            value = add_limb(value, limbs[a, c])
         columns.append(value)
+    return combine_columns(columns, jnp.clip(bitlayers - contract.LIMB_BITS, 0, contract.LIMB_BITS)[:, None])
+
+
+def add_limb(value: jax.Array | None, limb: jax.Array) -> jax.Array:
+    """2**8 * value + limb, the step from one limb of the activations to the next. f32[m, n], int32[m, n]."""
+    limb = limb.astype(jnp.float32)
+    return limb if value is None else value * 2.0**contract.LIMB_BITS + limb
+
+
+def combine_columns(columns: Sequence[jax.Array], shift: jax.Array) -> jax.Array:
+    """The values of the code limbs as one: f32[m, n] each; `shift` bitlayers of the second are used."""
     if len(columns) == 1:
         return columns[0]
-    shift = jnp.clip(bitlayers - contract.LIMB_BITS, 0, contract.LIMB_BITS)[:, None]
     return jnp.where(shift > 0, columns[0] * power_of_two(shift) + columns[1], columns[0])
+
+
+def unit(bitlayers: jax.Array, activation_bits: int) -> jax.Array:
+    """2**-(b + activation_bits - 2): what an integer of a product with b bitlayers stands for."""
+    return power_of_two(2 - activation_bits - bitlayers)
 
 
 def sum_segments(problem: contract.Problem, values: jax.Array) -> jax.Array:
@@ -56,6 +73,12 @@ def sum_segments(problem: contract.Problem, values: jax.Array) -> jax.Array:
         sums[group] = value if total is None else total + value
     zero = jnp.zeros(values.shape[1:], jnp.float32)  # without any k
     return jnp.stack([zero if total is None else total for total in sums])
+
+
+def scale_segments(problem: contract.Problem, limbs: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
+    """Limb sums of all segments, int32[segments, activation limbs, code limbs, m, n], as the product. f32[m, n]."""
+    values = sum_segments(problem, jax.vmap(combine_limbs, in_axes=(0, None))(limbs, bitlayers))
+    return scale_groups(values, scale, bitlayers, problem.fixed_point_bits)
 
 
 def scale_groups(sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, activation_bits: int) -> jax.Array:
@@ -71,7 +94,7 @@ def scale_groups(sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, activa
       f32[m, n].
     """
     if sums.shape[0] == 1:
-        return sums[0] * power_of_two(2 - activation_bits - bitlayers)[:, None] * scale_rows(scale[:, 0], bitlayers)
+        return sums[0] * unit(bitlayers, activation_bits)[:, None] * scale_rows(scale[:, 0], bitlayers)
 
     def add(group, total):
         group_sum = lax.dynamic_slice(sums, (group, 0, 0), (1, *sums.shape[1:]), allow_negative_indices=False)[0]
@@ -96,8 +119,13 @@ def add_group(
     scales = [
         lax.dynamic_slice(scale, (row, group, 0), size, allow_negative_indices=False)[0] for row in range(len(scale))
     ]
-    factor_high, factor_low = _halves(_select_row(scales, bitlayers))
-    sum_high, sum_low = _halves(group_sum * power_of_two(2 - activation_bits - bitlayers)[:, None])
+    return add_scaled(total, group_sum, _select_row(scales, bitlayers), unit(bitlayers, activation_bits)[:, None])
+
+
+def add_scaled(total: jax.Array, group_sum: jax.Array, factor: jax.Array, unit: jax.Array) -> jax.Array:
+    """total + factor * unit * group_sum, where the unit is a power of two. f32[m, n]; the others broadcast to it."""
+    factor_high, factor_low = _halves(factor)
+    sum_high, sum_low = _halves(group_sum * unit)
     total = total + factor_low * sum_low
     total = total + factor_low * sum_high
     total = total + factor_high * sum_low

@@ -13,16 +13,20 @@ row of 16 bits and 2 bitlayers 3 %.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bit_matmul import contract, epilogue, limbs
+from pallas_kernels.bit_matmul import contract, epilogue, limbs, tuned
 from pallas_kernels.bit_matmul._mosaic_kernel import LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
 
-# Cost grows with rows * limbs, and at 64 of them 4 bitlayers need the 1-bit tensor core for about as long as Hopper's
-# memory needs for bf16 weights: estimated from 0.54 BMMA per clock and multiprocessor, not measured.
-_MAX_ROW_LIMBS = 64
+# Cost grows with rows * limbs and bitlayers: beyond this `triton` unpacks the weights for the int8 tensor core instead,
+# whose cost hardly does. An estimate, from 0.54 BMMA per clock and multiprocessor and the instructions of that kernel.
+_MAX_ROW_LIMBS = 32
+CONFIGS = {"bmma": Config}
 _PROGRAM_ROW_LIMBS = 8  # per program: 64 registers of sums
 _MAX_REGISTERS = 96  # of `Config.registers`, where a choice is left; addresses and the rest take up to 32
 _MIN_PROGRAMS = 256  # about two for each of Hopper's 132 multiprocessors
@@ -46,7 +50,7 @@ def unsupported(problem: contract.Problem) -> str | None:
     if row_limbs > _MAX_ROW_LIMBS:
         return (
             f"rows times 8-bit limbs of activations must be at most {_MAX_ROW_LIMBS}, but got {problem.m} * "
-            f"{problem.activation_limbs}: beyond that, unpacked weights on the ordinary tensor core are faster"
+            f"{problem.activation_limbs}: beyond that, unpacked weights on the int8 tensor core should be faster"
         )
     return None
 
@@ -71,6 +75,17 @@ def config_for(problem: contract.Problem) -> Config:
     return config if enough and config.split_words <= segment else with_steps(1)
 
 
+def candidates(problem: contract.Problem) -> list[Config]:
+    """Configurations worth timing; the first is that of `config_for`."""
+    default = config_for(problem)
+    found = [
+        dataclasses.replace(default, steps=steps, depth=depth, warps_k=warps_k)
+        for steps, depth, warps_k in itertools.product((1, 2, 3), (1, 2, 4), (1, 2, 4))
+    ]
+    row_limbs = default.rows * problem.activation_limbs
+    return list(dict.fromkeys([default, *(c for c in found if c.registers(row_limbs) <= _MAX_REGISTERS)]))
+
+
 def matmul(
     problem: contract.Problem,
     x: jax.Array,
@@ -80,15 +95,18 @@ def matmul(
     *,
     config: Config | None = None,
 ) -> jax.Array:
-    """The product of the contract. `config` defaults to `config_for(problem)` and never shows in the result."""
+    """The product of the contract. `config` never shows in it; it defaults to what was measured, or `config_for`."""
     _check(problem)
     if 0 in (problem.m, problem.k, problem.n):
         return jnp.zeros((problem.m, problem.n), jnp.float32)
-    plan = Plan(problem=problem, config=config or config_for(problem), sweep=False)
-    sums = _sums(plan, x, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
+    plan = Plan(
+        problem=problem, config=config or tuned.find("mosaic", problem, CONFIGS) or config_for(problem), sweep=False
+    )
+    packed = fragments(plan, x)
+    sums = _sums(plan, packed, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
     firsts = jnp.array([first for first, _ in problem.code_limbs])
     used = jnp.clip(bitlayers[None] - firsts[:, None], 0, contract.LIMB_BITS)  # [code limbs, m]
-    values = _center(plan, x, sums, used)
+    values = _center(plan, packed, sums, used)
     return _to_float(problem, values, scale, bitlayers)
 
 
@@ -107,10 +125,11 @@ def prefixes(
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
     plan = Plan(problem=problem, config=config or config_for(problem), sweep=True)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
-    sums = _sums(plan, x, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
+    packed = fragments(plan, x)
+    sums = _sums(plan, packed, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
     position = np.arange(problem.bits) % contract.LIMB_BITS + 1
     used = jnp.broadcast_to(jnp.array(position, jnp.int32)[:, None], (problem.bits, problem.m))
-    values = _center(plan, x, sums, used)
+    values = _center(plan, packed, sums, used)
     results = []
     for count in range(1, problem.bits + 1):
         taken = [values[min(count, last) - 1] for first, last in problem.code_limbs if first < count]
@@ -125,11 +144,11 @@ def _check(problem: contract.Problem) -> None:
         raise contract.Unsupported(reason)
 
 
-def _sums(plan: Plan, x: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
+def _sums(plan: Plan, packed: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
     """x . code of each slot, segment and limb. int32[slots, segments, activation limbs, m, n]."""
     from pallas_kernels.bit_matmul import _mosaic_gpu  # Mosaic GPU is imported where it is used, and nowhere else
 
-    return add_splits(plan, _mosaic_gpu.launch(plan, words, fragments(plan, x), counts(plan, bitlayers)))
+    return add_splits(plan, _mosaic_gpu.launch(plan, words, packed, counts(plan, bitlayers)))
 
 
 def add_splits(plan: Plan, sums: jax.Array) -> jax.Array:
@@ -148,18 +167,16 @@ def counts(plan: Plan, bitlayers: jax.Array) -> jax.Array:
 
 
 def fragments(plan: Plan, x: jax.Array) -> jax.Array:
-    """The B fragments of all mma, in the order in which lanes load them. uint32[`plan.fragments_shape`]."""
+    """The B fragments of all mma, in the order in which lanes load them. uint32[`plan.fragments_shape`].
+
+    Codes are put into order before their bits are packed: so packing is one reduction, of which quantizing the
+    activations can be a part, and nothing is transposed after it.
+    """
     problem, config = plan.problem, plan.config
-    codes = jnp.pad(_codes(problem, x), ((0, 0), (0, plan.row_blocks * config.rows - problem.m), (0, 0)))
-    codes = codes.astype(jnp.uint32).reshape(*codes.shape[:2], -1, contract.WORD_BITS)
-    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)[None, None, None, :]
-    bits = [  # column j: bit j of the limb. A sign-extended top limb has its sign in bit 7, whatever its width
-        jnp.sum(((codes >> jnp.uint32(j)) & jnp.uint32(1)) << position, axis=-1, dtype=jnp.uint32)
-        for j in range(contract.LIMB_BITS)
-    ]
-    packed = _split(plan, jnp.stack(bits))  # [column, limbs, rows, splits * split words]
-    packed = packed.reshape(
-        contract.LIMB_BITS,
+    padding = (0, plan.row_blocks * config.rows - problem.m), (0, problem.num_words * contract.WORD_BITS - problem.k)
+    codes = limbs.split(jnp.pad(x, padding), problem.activation_limbs).astype(jnp.uint32)
+    codes = _split(plan, codes.reshape(*codes.shape[:2], -1, contract.WORD_BITS))
+    codes = codes.reshape(
         problem.activation_limbs,
         plan.row_blocks,
         config.rows,
@@ -167,42 +184,51 @@ def fragments(plan: Plan, x: jax.Array) -> jax.Array:
         config.warps_k * config.steps,
         2,  # words q and q + 4
         STEP_WORDS // 2,
+        contract.WORD_BITS,
     )
-    # -> row block, split, step, row, limb, column, q, half: lane 4 * column + q has b0 and b1 side by side
-    return jnp.transpose(packed, (2, 4, 5, 3, 1, 0, 7, 6)).reshape(plan.fragments_shape)
+    # -> row block, split, step, row, limb, q, half, position: lane 4 * column + q has b0 and b1 side by side
+    codes = jnp.expand_dims(jnp.transpose(codes, (1, 3, 4, 2, 0, 6, 5, 7)), 5)
+    column = jnp.arange(contract.LIMB_BITS, dtype=jnp.uint32).reshape(-1, 1, 1, 1)
+    position = jnp.arange(contract.WORD_BITS, dtype=jnp.uint32)
+    # A sign-extended top limb has its sign in bit 7, whatever its width.
+    bits = jax.lax.broadcast_in_dim(column, (*codes.shape[:5], *column.shape), (5, 6, 7, 8))
+    bits = ((codes >> bits) & jnp.uint32(1)) << jnp.broadcast_to(position, codes.shape)
+    return jnp.sum(bits, axis=-1, dtype=jnp.uint32).reshape(plan.fragments_shape)
 
 
-def _codes(problem: contract.Problem, x: jax.Array) -> jax.Array:
-    """int32[activation limbs, m, 32 * num_words], zero past k."""
-    x = jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))
-    return limbs.split(x, problem.activation_limbs)
-
-
-def _split(plan: Plan, per_word: jax.Array) -> jax.Array:
-    """[..., num_words] -> [..., splits * split words], with zeros where a split is not full."""
+def _split(plan: Plan, words: jax.Array) -> jax.Array:
+    """[.., num_words, 32] -> [.., splits * split words, 32], with zeros where a split is not full."""
     num_words, size = plan.problem.num_words, plan.config.split_words
     source = np.full((len(plan.problem.segments), plan.segment_splits * size), num_words)
     for i, (_, start, stop) in enumerate(plan.problem.segments):
         source[i, : stop - start] = np.arange(start, stop)
     source = source.ravel()
     if np.array_equal(source, np.arange(num_words)):
-        return per_word
-    padded = jnp.pad(per_word, [(0, 0)] * (per_word.ndim - 1) + [(0, 1)])
-    return jnp.take(padded, source, axis=-1)
+        return words
+    inside = jnp.array(source < num_words)[:, None]
+    return jnp.where(inside, jnp.take(words, np.minimum(source, num_words - 1), axis=-2), jnp.zeros((), words.dtype))
 
 
-def _center(plan: Plan, x: jax.Array, sums: jax.Array, used: jax.Array) -> jax.Array:
+def _row_sums(plan: Plan, packed: jax.Array) -> jax.Array:
+    """sum_k q of each segment and limb, from the fragments. int32[segments, activation limbs, m]."""
+    problem = plan.problem
+    weights = np.full((problem.activation_limbs, contract.LIMB_BITS), 1) << np.arange(contract.LIMB_BITS)
+    weights[0, -1] *= -1  # the sign
+    ones = (
+        jax.lax.population_count(packed)
+        .astype(jnp.int32)
+        .reshape(plan.row_blocks, len(problem.segments), -1, plan.config.rows, *weights.shape, STEP_WORDS)
+    )  # [row blocks, segments, splits and steps, rows, limbs, columns, words]
+    sums = jnp.sum(ones * weights.astype(np.int32).reshape(1, 1, 1, 1, *weights.shape, 1), axis=(2, 5, 6))
+    sums = jnp.transpose(sums, (1, 3, 0, 2)).reshape(len(problem.segments), problem.activation_limbs, -1)
+    return sums[..., : problem.m]
+
+
+def _center(plan: Plan, packed: jax.Array, sums: jax.Array, used: jax.Array) -> jax.Array:
     """2 * (q . c) - (2**used - 1) * sum_k q, exact. int32[slots, segments, activation limbs, m, n]."""
-    codes = _codes(plan.problem, x)
-    word_sums = codes.reshape(*codes.shape[:2], -1, contract.WORD_BITS).sum(axis=-1)
-    row_sums = _split(plan, word_sums).reshape(*codes.shape[:2], len(plan.problem.segments), -1).sum(axis=-1)
-    row_sums = jnp.moveaxis(row_sums, -1, 0)[None, ..., None]  # [1, segments, activation limbs, m, 1]
-    return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * row_sums
+    return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * _row_sums(plan, packed)[None, ..., None]
 
 
 def _to_float(problem: contract.Problem, values: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
     """values: int32[code limbs, segments, activation limbs, m, n] -> f32[m, n]."""
-    assert problem.activation_bits is not None
-    values = jax.vmap(epilogue.combine_limbs, in_axes=(1, None))(jnp.swapaxes(values, 0, 2), bitlayers)
-    values = epilogue.sum_segments(problem, values)
-    return epilogue.scale_groups(values, scale, bitlayers, problem.activation_bits)
+    return epilogue.scale_segments(problem, jnp.transpose(values, (1, 2, 0, 3, 4)), scale, bitlayers)

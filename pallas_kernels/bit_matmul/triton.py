@@ -1,22 +1,51 @@
 """The product through Pallas-Triton: NVIDIA GPUs from Ampere on, none of the 1-bit tensor core needed.
 
-Fixed point goes to `_triton_serial`, which works on the words themselves, for any number of rows; float activations
-to `_triton_dot`, which unpacks words for the tensor core. `matmul` and `prefixes` are those of the contract;
+Few rows of fixed point go to `_triton_serial`, which works on the words themselves, many to `_triton_int8`, which
+unpacks words for the int8 tensor core; both sum the same integers, so which one runs never shows. Float activations go
+to `_triton_dot`, which unpacks words for the bfloat16 tensor core, or, for very many rows, to `_triton_unpack`, which
+unpacks them once for a dot of XLA's. `matmul` and `prefixes` are those of the contract;
 `interpret` runs their kernels on the CPU, as JAX operations.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.bit_matmul import _triton_dot, _triton_serial, contract, epilogue
+from pallas_kernels.bit_matmul import (
+    _triton_dot,
+    _triton_int8,
+    _triton_serial,
+    _triton_unpack,
+    contract,
+    epilogue,
+    tuned,
+)
 
-Config = _triton_serial.Config
+SerialConfig = _triton_serial.Config
+Int8Config = _triton_int8.Config
 DotConfig = _triton_dot.Config
+UnpackConfig = _triton_unpack.Config
+Config = SerialConfig | Int8Config | DotConfig | UnpackConfig
+CONFIGS = {"serial": SerialConfig, "int8": Int8Config, "dot": DotConfig, "unpack": UnpackConfig}
+_FLOAT_CONFIGS = (DotConfig, UnpackConfig)
 
 _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
+# Rows * activation bits up to which the words themselves are faster. An estimate from machine code, not measured: a
+# word of one bitlayer costs 0.63 population counts for each row and activation bit, of which an SM of an H200 does 16
+# per clock; to unpack 32 codes of up to 8 bitlayers costs 4 instructions each, of which it issues 128 per clock. With 4
+# bitlayers these meet below 8; that the other kernel has barriers in its loop, unknown in cost, speaks for more.
+_SERIAL_WORK = 32
+_MAX_SERIAL_WORK = 256  # beyond which it is not worth timing
+# Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate, not measured.
+# `_triton_dot` unpacks again for every 64 rows.
+_XLA_DOT_ROWS = 256
 _MIN_FLOAT_GROUP = 512  # k of one dot's 16 words; shorter groups would leave most of it empty
 
 
@@ -29,15 +58,49 @@ def unsupported(problem: contract.Problem) -> str | None:
             f"with float activations a group has at least {_MIN_FLOAT_GROUP} weights here, but has {problem.group_size}"
         )
     if problem.activation_bits is not None:
-        num_sums = len(problem.segments) * problem.bits * problem.activation_limbs * problem.m * problem.n
+        config = config_for(problem)
+        if isinstance(config, Int8Config):
+            num_sums = _triton_int8.num_sums(problem, config)
+        else:
+            num_sums = len(problem.segments) * problem.bits * problem.activation_limbs * problem.m * problem.n
         if num_sums > _MAX_SUMS:
             return f"the sums of all groups, rows and bitlayers are {num_sums} integers, more than {_MAX_SUMS}"
     return None
 
 
-def config_for(problem: contract.Problem) -> Config | DotConfig:
-    """How a problem is cut into programs, by its shape alone."""
-    return (_triton_dot if problem.activation_bits is None else _triton_serial).config_for(problem)
+def config_for(problem: contract.Problem) -> Config:
+    """How a problem is cut into programs, by its shape alone; the type says which kernel runs it."""
+    if problem.activation_bits is None:
+        many = problem.m >= _XLA_DOT_ROWS and problem.groups == 1
+        return (_triton_unpack if many else _triton_dot).config_for(problem)
+    few = problem.m * problem.activation_bits <= _SERIAL_WORK
+    return (_triton_serial if few else _triton_int8).config_for(problem)
+
+
+def candidates(problem: contract.Problem) -> list[Config]:
+    """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`."""
+    found: list[Config] = [config_for(problem)]
+    if problem.activation_bits is None:
+        found += _variants(_triton_dot.config_for(problem), num_warps=(4, 8), block_n=(64, 128))
+        if problem.groups == 1:
+            found += _variants(_triton_unpack.config_for(problem), num_warps=(4, 8))
+    else:
+        serial = _triton_serial.config_for(problem)
+        if problem.m * problem.activation_bits <= _MAX_SERIAL_WORK:
+            blocks = sorted({max(1, serial.num_blocks // 2), serial.num_blocks, 2 * serial.num_blocks})
+            found += _variants(serial, num_blocks=blocks, block_words=(2, 4, 8))
+        int8 = _triton_int8.config_for(problem)
+        parts = (None,) if problem.groups > 1 else (None, 1, 2, 4, 8, 16)
+        found += _variants(int8, parts=parts, block_rows=(64, 128)[: 1 + (problem.m > 64)])
+        found += _variants(int8, parts=parts, num_warps=(8,), block_words=(8,))
+    return list(dict.fromkeys(found))
+
+
+def _variants(config: Any, **choices: Iterable[int | None]) -> list[Any]:
+    return [
+        dataclasses.replace(config, **dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
+    ]
 
 
 def matmul(
@@ -47,17 +110,34 @@ def matmul(
     scale: jax.Array,
     bitlayers: jax.Array,
     *,
-    config: Config | DotConfig | None = None,
+    config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """The product of the contract."""
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.m, problem.n), jnp.float32)
     x, config = _pad(problem, x), _check(problem, config)
-    if isinstance(config, DotConfig):
-        return _float_matmul(problem, x, words, scale, bitlayers, config, interpret)
-    sums = _triton_serial.limb_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
-    return _scale(problem, sums, scale, bitlayers)
+    return _matmul(problem, x, words, scale, bitlayers, config, interpret)
+
+
+def _matmul(
+    problem: contract.Problem,
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    if isinstance(config, Int8Config):
+        return _triton_int8.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
+    if isinstance(config, SerialConfig):
+        sums = _triton_serial.limb_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
+        return epilogue.scale_segments(problem, sums, scale, bitlayers)
+    if isinstance(config, UnpackConfig):
+        return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
+    sums = _triton_dot.group_sums(problem, x, words, bitlayers, config=config, interpret=interpret)
+    return jnp.sum(sums * jax.vmap(epilogue.scale_rows, in_axes=(1, None))(scale, bitlayers), axis=0)
 
 
 def prefixes(
@@ -67,53 +147,41 @@ def prefixes(
     scale: jax.Array,
     limit: jax.Array,
     *,
-    config: Config | DotConfig | None = None,
+    config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The product at every number of bitlayers up to `limit`; fixed point in one pass, floats in one for each."""
+    """The product at every number of bitlayers up to `limit`: in one pass for few rows of fixed point."""
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
     x, config = _pad(problem, x), _check(problem, config)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
-    if isinstance(config, Config):
+    if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
         sums = _triton_serial.limb_sums(problem, x, words, limits, sweep=True, config=config, interpret=interpret)
         counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), problem.m)
-        return _scale(problem, sums, scale, counts).reshape(problem.bits, problem.m, problem.n)
+        return epilogue.scale_segments(problem, sums, scale, counts).reshape(problem.bits, problem.m, problem.n)
 
     def fill(i, out):
-        y = _float_matmul(problem, x, words, scale, jnp.full((problem.m,), i + 1, jnp.int32), config, interpret)
+        y = _matmul(problem, x, words, scale, jnp.full((problem.m,), i + 1, jnp.int32), config, interpret)
         return lax.dynamic_update_index_in_dim(out, y, i, 0)
 
     return lax.fori_loop(jnp.int32(0), limit, fill, jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32))
 
 
-def _check(problem: contract.Problem, config: Config | DotConfig | None) -> Config | DotConfig:
-    default = config_for(problem)
-    if config is not None and type(config) is not type(default):
-        raise TypeError(f"`config` must be of the type that `config_for` returns for the problem, but got {config}.")
-    return config or default
+def _check(problem: contract.Problem, config: Config | None) -> Config:
+    config = config or tuned.find("triton", problem, CONFIGS) or config_for(problem)
+    is_float = problem.activation_bits is None
+    if isinstance(config, _FLOAT_CONFIGS) != is_float:
+        raise TypeError(
+            f"`config` must be that of a kernel for {'float' if is_float else 'fixed-point'} activations, but got "
+            f"{config}. `config_for` returns one."
+        )
+    if isinstance(config, UnpackConfig) and problem.groups > 1:
+        raise ValueError(
+            f"`config` must be a DotConfig for {problem.groups} groups, but got {config}. `config_for` returns one."
+        )
+    return config
 
 
 def _pad(problem: contract.Problem, x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))
-
-
-def _scale(problem: contract.Problem, sums: jax.Array, scale: jax.Array, counts: jax.Array) -> jax.Array:
-    """int32[segments, activation limbs, code limbs, m, n] -> f32[m, n], in the order that the contract fixes."""
-    assert problem.activation_bits is not None
-    values = epilogue.sum_segments(problem, jax.vmap(epilogue.combine_limbs, in_axes=(0, None))(sums, counts))
-    return epilogue.scale_groups(values, scale, counts, problem.activation_bits)
-
-
-def _float_matmul(
-    problem: contract.Problem,
-    x: jax.Array,
-    words: jax.Array,
-    scale: jax.Array,
-    bitlayers: jax.Array,
-    config: DotConfig,
-    interpret: bool,
-) -> jax.Array:
-    sums = _triton_dot.group_sums(problem, x, words, bitlayers, config=config, interpret=interpret)
-    return jnp.sum(sums * jax.vmap(epilogue.scale_rows, in_axes=(1, None))(scale, bitlayers), axis=0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.bit_matmul import contract, triton
+from pallas_kernels.bit_matmul import _triton_serial, contract, triton
 from tests.gpu_compile import machine_code
 
 _missing = machine_code.unavailable()
@@ -46,7 +46,13 @@ SERIAL = {
 
 
 @functools.cache
-def kernel(problem: contract.Problem, gpu: str, sweep: bool, dtype: jnp.dtype = jnp.int32) -> machine_code.Kernel:
+def kernel(
+    problem: contract.Problem,
+    gpu: str,
+    sweep: bool,
+    dtype: jnp.dtype = jnp.int32,
+    config: triton.Config | None = None,
+) -> machine_code.Kernel:
     """The one kernel of a product that is not XLA's own."""
     described = (
         jax.ShapeDtypeStruct((problem.m, problem.k), dtype),
@@ -54,17 +60,22 @@ def kernel(problem: contract.Problem, gpu: str, sweep: bool, dtype: jnp.dtype = 
         jax.ShapeDtypeStruct((min(problem.bits, 4), problem.groups, problem.n), jnp.float32),
         jax.ShapeDtypeStruct(() if sweep else (problem.m,), jnp.int32),
     )
-    run = triton.prefixes if sweep else triton.matmul
-    kernels = machine_code.compile_kernels(functools.partial(run, problem), *described, gpu=gpu)
+    run = functools.partial(triton.prefixes if sweep else triton.matmul, problem, config=config)
+    kernels = machine_code.compile_kernels(run, *described, gpu=gpu)
     (found,) = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")]
     return found
+
+
+def serial_config(problem: contract.Problem) -> triton.SerialConfig:
+    """Of the kernel for few rows, which also runs more than it is chosen for."""
+    return _triton_serial.config_for(problem)
 
 
 def budget(found: machine_code.Kernel, problem: contract.Problem, prefix: str) -> list[float]:
     """Instructions of each loop over words per word, row and activation bit."""
     loops = [loop for loop in found.loops if machine_code.count(loop, "POPC")]
     assert len(loops) == len(problem.code_limbs)
-    work = problem.activation_bits * triton.config_for(problem).block_rows
+    work = problem.activation_bits * serial_config(problem).block_rows
     return [machine_code.count(loop, prefix) / (4 * machine_code.count(loop, "LDG.E.128") * work) for loop in loops]
 
 
@@ -72,13 +83,14 @@ def budget(found: machine_code.Kernel, problem: contract.Problem, prefix: str) -
 @pytest.mark.parametrize("sweep", [False, True], ids=["product", "sweep"])
 @pytest.mark.parametrize("problem", SERIAL.values(), ids=SERIAL)
 def test_serial(problem, sweep, gpu):
-    found = kernel(problem, gpu, sweep)
+    config = serial_config(problem)
+    found = kernel(problem, gpu, sweep, config=config)
     assert found.spill_bytes == 0
     assert not found.uses_local_memory
     assert found.count("POPC") > 0
     # Four channels to a lane: each word of a block is in one load of 16 bytes, and no load of words is narrower.
     wide = found.count("LDG.E.128")
-    assert wide == triton.config_for(problem).block_words * len(problem.code_limbs)
+    assert wide == config.block_words * len(problem.code_limbs)
     assert found.count("LDG.E.64") == 0
     limit = _INSTRUCTIONS_OF_A_SWEEP if sweep else _INSTRUCTIONS_PER_WORD_AND_BIT
     assert max(budget(found, problem, "")) <= limit
@@ -94,6 +106,45 @@ def test_serial_where_rows_are_not_aligned(gpu):
     assert found.count("LDG.E.64") == 2 * triton.config_for(problem(n=4098)).block_words
 
 
+INT8 = {
+    "w8a8": problem(m=64),
+    "w8a16": problem(m=17, activation_bits=16),
+    "w8a16, 256 rows": problem(m=256, n=8192, activation_bits=16),
+    "w4a8, finished by its program": problem(m=512, n=16384, bits=4),
+    "w8a8, groups": problem(m=64, group_size=128),
+    "w16a16": problem(m=64, bits=16, activation_bits=16),
+    "w8a24": problem(m=64, activation_bits=24),
+    "w8a8, uneven": problem(m=70, k=4001, n=4100),
+}
+# Instructions of the loop over words for each code, whatever the bitlayers, for all 64 rows together: to unpack, to
+# bring codes into the order of the tensor core, to count bits where lower limbs need it, for loads and addresses. An SM
+# issues 128 lanes of them per clock, so at 4.5 it makes 28 codes; Hopper's memory delivers 18 of 8 bits in that time.
+# Ampere's int8 operands go through shared memory byte by byte.
+_INSTRUCTIONS_PER_CODE = {"h200": 4.5, "a100": 9.5}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("problem", INT8.values(), ids=INT8)
+def test_int8(problem, gpu):
+    config = triton.config_for(problem)
+    assert isinstance(config, triton.Int8Config)
+    found = kernel(problem, gpu, False)
+    # With groups and no warpgroups to hold the sums, 8 bytes wait in local memory while the loop runs.
+    assert found.spill_bytes <= (16 if gpu == "a100" and problem.groups > 1 else 0)
+    loops = [loop for loop in found.loops if machine_code.count(loop, "IMMA") + machine_code.count(loop, "IGMMA")]
+    assert len(loops) == len(problem.code_limbs) * -(-problem.activation_limbs // config.limbs)
+    codes = contract.WORD_BITS * config.block_words * config.block_n // (32 * config.num_warps)  # of a lane, in a turn
+    passes = len(loops) // len(problem.code_limbs)
+    for i, loop in enumerate(loops):
+        first, last = problem.code_limbs[i // passes]
+        assert machine_code.count(loop, "LDL") + machine_code.count(loop, "STL") == 0
+        # One load of 16 bytes for each bitlayer, and no narrower one; the others are of activations.
+        assert machine_code.count(loop, "LDG.E.128") >= last - first
+        assert machine_code.count(loop, "LDG") == machine_code.count(loop, "LDG.E.128")
+        assert machine_code.count(loop, "IGMMA") > 0 or gpu == "a100"
+        assert len(loop) / codes <= _INSTRUCTIONS_PER_CODE[gpu]
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(("dtype", "m"), [(jnp.float32, 16), (jnp.bfloat16, 64)])
 def test_dot(dtype, m, gpu):
@@ -103,3 +154,14 @@ def test_dot(dtype, m, gpu):
     assert not found.uses_local_memory
     assert found.count("HMMA") + found.count("HGMMA") > 0
     assert found.count("LDG.E.128") > 0
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_unpack(gpu):
+    """Bitlayers become bfloat16 at 16 bytes a load and a store."""
+    found = kernel(problem(m=256, activation_bits=None), gpu, False, jnp.bfloat16)
+    assert found.spill_bytes == 0
+    assert not found.uses_local_memory
+    assert found.count("LDG.E.128") == 8
+    assert found.count("STG.E.128") > 0
+    assert found.count("STG") == found.count("STG.E.128")

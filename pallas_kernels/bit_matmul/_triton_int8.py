@@ -1,0 +1,338 @@
+"""Many rows of fixed-point activations on a GPU: words become int8 codes in registers, for the int8 tensor core.
+
+One limb of 8 bits of an activation times one code of up to 8 bitlayers, summed in int32: exact, like everything here,
+so that how many rows come together never shows.
+
+A tensor core takes signed operands, and both are made signed by moving them. Codes c of w bitlayers are held at the
+top of a byte, c8 = c * 2**(8 - w), and become c8 - 128 = 2**(8 - w) * (c - 2**(w - 1)), what the product needs. A limb
+below the top one, u in 0..255, becomes u - 128, and 128 times the sum of all codes of the channel puts that back:
+    sum_k u * (c8 - 128) = sum_k (u - 128) * (c8 - 128) + 128 * sum_k (c8 - 128)
+which holds for whatever is summed, past the end of k too, if u is 0 there.
+
+`_triton_codes` makes c8 - 128 from words. A bitlayer that no row uses is not loaded: its words are zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _compat
+from pallas_kernels.bit_matmul import _triton_codes, contract, epilogue, limbs
+
+_HALF = 128  # what makes 0..255 signed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a product is cut into programs. Sizes are powers of two."""
+
+    block_n: int
+    block_rows: int  # at least 16; 64 are one warpgroup of Hopper's tensor core
+    block_words: int  # words that are unpacked together
+    limbs: int  # of activations, summed in one pass over the words
+    parts: int | None  # programs that share the words of a segment; None: a program takes all of k, up to float32
+    num_warps: int
+    num_stages: int = 1  # the loop loads into registers, which Triton does not pipeline
+
+    @property
+    def program_sizes(self) -> tuple[int, int, int]:
+        """Channels, rows and parts of one program: the axes of the grid."""
+        return self.block_n, self.block_rows, 1
+
+
+_BLOCK_N = 128  # with 4 warps and 4 words, a lane loads 4 channels: 16 bytes
+_BLOCK_ROWS = 64
+_BLOCK_WORDS = 4
+_MAX_LIMBS = 2  # 64 registers each
+_MAX_COMPARED_ROWS = 2048  # for as many rows 4 million comparisons
+_MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
+
+
+def config_for(problem: contract.Problem) -> Config:
+    """The configuration for a shape: what fits into registers, and enough programs to fill a GPU."""
+    segment_words = max(stop - start for _, start, stop in problem.segments)
+    block_words = min(_BLOCK_WORDS, pl.next_power_of_2(segment_words))
+    num_sums = problem.activation_limbs * len(problem.code_limbs)
+    block_n, parts = _BLOCK_N, None
+    if problem.groups > 1:  # the sums of every group would have to be written, and read again
+        block_n = _BLOCK_N if num_sums == 1 else _BLOCK_N // 2
+    else:
+        programs = pl.cdiv(problem.n, _BLOCK_N) * pl.cdiv(problem.m, _BLOCK_ROWS)
+        parts = min(pl.cdiv(_MIN_PROGRAMS, programs), pl.cdiv(segment_words, block_words))
+        if parts == 1 and num_sums <= _MAX_LIMBS and len(problem.segments) == 1:
+            parts = None
+    return Config(
+        block_n=block_n,
+        block_rows=_BLOCK_ROWS,
+        block_words=block_words,
+        limbs=problem.activation_limbs if num_sums <= _MAX_LIMBS else 1,
+        parts=parts,
+        num_warps=4,
+    )
+
+
+def matmul(
+    problem: contract.Problem,
+    codes: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """The product of the contract. codes: int32[m, 32 * num_words], 0 past k."""
+    if problem.m <= config.block_rows:
+        return _sorted_matmul(problem, codes, words, scale, bitlayers, config, interpret)
+    # Rows of one count come together, so that few blocks of rows have more than one.
+    order, rank = _order(bitlayers)
+    return _sorted_matmul(problem, codes[order], words, scale, bitlayers[order], config, interpret)[rank]
+
+
+def _order(bitlayers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows by their number of bitlayers, and the place of each row among them. int32[m] each."""
+    row = jnp.arange(bitlayers.shape[0], dtype=jnp.int32)
+    if row.size > _MAX_COMPARED_ROWS:
+        order = jnp.argsort(bitlayers).astype(jnp.int32)
+    else:
+        before = (bitlayers[None, :] < bitlayers[:, None]) | (
+            (bitlayers[None, :] == bitlayers[:, None]) & (row[None, :] < row[:, None])
+        )
+        rank = jnp.sum(before, axis=1, dtype=jnp.int32)  # one fusion, where a sort is a kernel after the other
+        order = jnp.zeros_like(row).at[rank].set(row, unique_indices=True)
+    return order, jnp.zeros_like(row).at[order].set(row, unique_indices=True)
+
+
+def _sorted_matmul(
+    problem: contract.Problem,
+    codes: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    parts = limbs.split(codes, problem.activation_limbs)
+    row_sums = jnp.stack(
+        [
+            parts[..., start * contract.WORD_BITS : stop * contract.WORD_BITS].sum(axis=-1)
+            for _, start, stop in problem.segments
+        ]
+    )  # [segments, activation limbs, m]
+    # What its first and last words are, of each segment, and its first segment, of each group; one more ends the last.
+    spans = np.array([(start, stop) for _, start, stop in problem.segments], np.int32)
+    first_segment = np.searchsorted([group for group, _, _ in problem.segments], np.arange(problem.groups + 1))
+    split = config.parts is not None
+    if config.parts is not None:
+        spans = _split_spans(spans, config.block_words, config.parts)
+        num_sums = len(problem.code_limbs) * problem.activation_limbs
+        out_shape = jax.ShapeDtypeStruct((len(spans), num_sums, problem.m, problem.n), jnp.int32)
+    else:
+        out_shape = jax.ShapeDtypeStruct((problem.m, problem.n), jnp.float32)
+    out = _compat.triton_call(
+        functools.partial(_kernel, problem=problem, config=config),
+        name="bit_matmul_int8",
+        grid=(
+            pl.cdiv(problem.n, config.block_n),
+            pl.cdiv(problem.m, config.block_rows),
+            len(spans) if split else 1,
+        ),
+        out_shape=out_shape,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )(
+        jnp.asarray(spans),
+        jnp.asarray(first_segment.astype(np.int32)),
+        _triton_codes.arrange(_signed(parts)),
+        row_sums,
+        bitlayers,
+        words,
+        scale,
+    )
+    if config.parts is None:
+        return out
+    sums = out.reshape(len(problem.segments), config.parts, *out.shape[1:]).sum(axis=1)
+    sums = sums.reshape(len(problem.segments), len(problem.code_limbs), problem.activation_limbs, problem.m, problem.n)
+    centred = jnp.swapaxes(2 * sums + row_sums[:, None, :, :, None], 1, 2)
+    return epilogue.scale_segments(problem, centred, scale, bitlayers)
+
+
+def num_sums(problem: contract.Problem, config: Config) -> int:
+    """Integers that the programs write and XLA adds."""
+    num_parts = len(problem.segments) * (config.parts or 0)
+    return num_parts * len(problem.code_limbs) * problem.activation_limbs * problem.m * problem.n
+
+
+def _split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
+    """Each segment in as many parts of whole blocks of words; the last may be short, or empty."""
+    part_words = block_words * pl.cdiv(pl.cdiv(int(np.max(np.diff(spans))), block_words), parts)
+    first = spans[:, :1] + part_words * np.arange(parts)
+    stop = np.minimum(first + part_words, spans[:, 1:])
+    return np.stack([np.minimum(first, stop), stop], axis=-1).reshape(-1, 2).astype(np.int32)
+
+
+def _signed(parts: jax.Array) -> jax.Array:
+    """int32[limbs, m, k] -> int8, all but the first limb less 128."""
+    return jnp.concatenate([parts[:1], parts[1:] - _HALF]).astype(jnp.int8)
+
+
+def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, problem: contract.Problem, config: Config):
+    """One block of channels, one block of rows, and all words or one part of them.
+
+    Args:
+      spans: [segments or parts, 2] int32, the words of each
+      first_segment: [groups + 1] int32
+      x: [activation limbs, m, 32 * num_words] int8
+      row_sums: [segments, activation limbs, m] int32
+      counts: [m] int32
+      words: [bits, num_words, n] uint32
+      scale: [min(bits, 4), groups, n] f32
+      out: [m, n] f32, or with parts [parts, code limbs * activation limbs, m, n] int32
+      problem: the product.
+      config: how it is cut.
+    """
+    # Read here: inside of a loop interpret mode does not know them.
+    first_channel, first_row, part = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
+    rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
+    row_inside = _triton_codes.inside(first_row, config.block_rows, problem.m)
+    inside = _triton_codes.inside(first_channel, config.block_n, problem.n)
+    load_words = functools.partial(
+        _triton_codes.load_words,
+        words,
+        channels=channels,
+        inside=inside,
+        num_words=config.block_words,
+        is_even=_is_even(problem, config),
+    )
+    load_rows = functools.partial(_load_rows, x, problem, config, rows, row_inside)
+    zero = jnp.zeros((config.block_rows, config.block_n), jnp.float32)
+
+    def limb_sums(first, last, count, span, group):
+        """sum_k q_a * (c - 2**(w - 1)) for each limb a of the group, w = clip(count - first, 0, last - first)."""
+        used = jnp.clip(count - first, 0, last - first)
+        start, stop = spans[span, 0], spans[span, 1]
+        num_blocks = jnp.where(used > 0, pl.cdiv(stop - start, config.block_words), 0)
+
+        def add_block(i, state):
+            sums, ones = state
+            block = start + i * config.block_words
+            bitlayers = load_words(block, stop, first, last, used)
+            if any(group):
+                for j, word in enumerate(bitlayers):
+                    ones = ones + (_population_count(word) << (contract.LIMB_BITS - 1 - j))
+            values = _triton_codes.signed(bitlayers)
+            sums = tuple(
+                total + jnp.dot(load_rows(a, block, stop), values, preferred_element_type=jnp.int32)
+                for a, total in zip(group, sums, strict=True)
+            )
+            return sums, ones
+
+        sums = (zero.astype(jnp.int32),) * len(group)
+        ones = jnp.zeros((config.block_words, config.block_n), jnp.int32)
+        sums, ones = lax.fori_loop(0, num_blocks, add_block, (sums, ones))
+        # of c8 - 128, over the blocks as they were loaded
+        code_sum = jnp.sum(ones, axis=0) - _HALF * contract.WORD_BITS * config.block_words * num_blocks
+        sums = [total + _HALF * code_sum[None, :] if a else total for a, total in zip(group, sums, strict=True)]
+        return [total >> (contract.LIMB_BITS - used) for total in sums]
+
+    groups_of_limbs = [
+        range(a, min(a + config.limbs, problem.activation_limbs))
+        for a in range(0, problem.activation_limbs, config.limbs)
+    ]
+
+    def product(count):
+        """The rows at one number of bitlayers, finished."""
+
+        def row_sum(segment, a):
+            return _triton_codes.load(row_sums.at[segment, jnp.int32(a), rows_again()], row_inside, 0)[:, None]
+
+        def segment_sum(segment):
+            columns = []
+            for first, last in problem.code_limbs:
+                column = None
+                for group in groups_of_limbs:
+                    for a, total in zip(group, limb_sums(first, last, count, segment, group), strict=True):
+                        column = epilogue.add_limb(column, 2 * total + row_sum(segment, a))
+                columns.append(column)
+            return epilogue.combine_columns(columns, jnp.clip(count - contract.LIMB_BITS, 0, contract.LIMB_BITS))
+
+        def group_sum(group):
+            if len(problem.segments) == problem.groups:
+                return segment_sum(group)
+            first, stop = first_segment[group], first_segment[group + 1]
+            return lax.fori_loop(first, stop, lambda segment, total: total + segment_sum(segment), zero)
+
+        def factor(group):
+            row = jnp.minimum(count, scale.shape[0]) - 1
+            return _triton_codes.load(scale.at[row, group, channels], inside, 0)[None, :]
+
+        unit = epilogue.unit(count, problem.fixed_point_bits)
+        if problem.groups == 1:
+            return group_sum(jnp.int32(0)) * unit * factor(jnp.int32(0))
+
+        def add_group(group, total):
+            return epilogue.add_scaled(total, group_sum(group), factor(group), unit)
+
+        return lax.fori_loop(0, problem.groups, add_group, zero)
+
+    def add_count(count):
+        """Stores the rows of one number of bitlayers, mostly all of them; returns the next number."""
+
+        def store(ref, value):
+            mask = jnp.broadcast_to((row_counts() == count)[:, None], zero.shape)
+            _compat.triton_store(ref, value, mask=mask if inside is None else mask & inside[None, :])
+
+        if config.parts is None:
+            store(out.at[rows_again(), channels], product(count))
+            return next_count(count)
+        for c, (first, last) in enumerate(problem.code_limbs):
+            for group in groups_of_limbs:
+                for a, total in zip(group, limb_sums(first, last, count, part, group), strict=True):
+                    index = jnp.int32(c * problem.activation_limbs + a)
+                    store(out.at[part, index, rows_again(), channels], total)
+        return next_count(count)
+
+    def next_count(count):
+        found = row_counts()
+        return jnp.min(jnp.where(found > count, found, contract.MAX_BITS + 1))
+
+    def row_counts():  # rows past m count as 0, which no pass is for
+        return _triton_codes.load(counts.at[rows_again()], row_inside, 0)
+
+    def rows_again():
+        """`rows`, but so that addresses are computed where they are used, behind the loops.
+
+        The first word is number 0, which the compiler does not know. If it did, it would compute the addresses before
+        the loops, and keep them in registers that the loops need.
+        """
+        return pl.ds(first_row + spans[0, 0], config.block_rows)
+
+    lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
+
+
+def _load_rows(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:
+    """int8[block_rows, 32 * block_words] of limb a; where there is no activation, what stands for zero."""
+    k = config.block_words * contract.WORD_BITS
+    masks = [] if row_inside is None else [row_inside[:, None]]
+    if not _is_even(problem, config):
+        masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
+    ref = x.at[jnp.int32(a), rows, pl.ds(start * contract.WORD_BITS, k)]
+    return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -_HALF)
+
+
+def _is_even(problem: contract.Problem, config: Config) -> bool:
+    """Every segment, or part of one, consists of whole blocks of words."""
+    return all((stop - start) % config.block_words == 0 for _, start, stop in problem.segments)
+
+
+def _population_count(word: jax.Array) -> jax.Array:
+    """Of the signed type: Pallas-Triton gives the unsigned one to `math.ctpop`, which Triton does not lower."""
+    return lax.population_count(word.astype(jnp.int32))

@@ -1,0 +1,127 @@
+"""Launch parameters that were measured: files of JSON, one for each kind of device.
+
+Two folders are looked through: the user's, which `pallas_kernels.tune` writes, and the one of this package, for devices
+whose measurements are shipped (none yet). Without an entry, the backend's own `config_for` decides by shape. Parameters
+change times, never results.
+
+The user's folder is $PBJAX_TUNED_DIR, or pbjax/tuned in $XDG_CACHE_HOME or ~/.cache. Files are read once in a process,
+when a product for a GPU is first traced; what is tuned later holds for functions that are traced after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from pallas_kernels.bit_matmul import contract
+
+ENVIRONMENT_VARIABLE = "PBJAX_TUNED_DIR"
+SHIPPED = pathlib.Path(__file__).parent / "measured"
+PLATFORM = "cuda"
+
+Config = TypeVar("Config")
+
+
+def user_folder() -> pathlib.Path:
+    """Where the user's measurements are."""
+    if folder := os.environ.get(ENVIRONMENT_VARIABLE):
+        return pathlib.Path(folder)
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "pbjax" / "tuned"
+
+
+def device_kind() -> str | None:
+    """What JAX calls the GPU of this process, or None without one. Asked while tracing, never at import."""
+    try:
+        return jax.local_devices(backend=PLATFORM)[0].device_kind
+    except RuntimeError:
+        return None
+
+
+def find(
+    backend: str, problem: contract.Problem, configs: Mapping[str, type[Config]], *, kind: str | None = None
+) -> Config | None:
+    """The measured configuration for a problem on this device, or None.
+
+    Args:
+      backend: its name.
+      problem: rows are rounded up to a power of two, as they were when it was stored.
+      configs: the classes of configurations that the backend takes, by the names under which they are stored.
+      kind: of device; None asks for the one that is there.
+
+    Raises:
+      ValueError: an entry that the backend cannot read, from another version of it.
+    """
+    kind = kind or device_kind()
+    if kind is None:
+        return None
+    for folder in (user_folder(), SHIPPED):
+        path = path_for(folder, kind)
+        entry = _read(path).get(key(backend, problem))
+        if entry is None:
+            continue
+        try:
+            return configs[entry["kernel"]](**entry["config"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"`{path}` must hold configurations of this version, but got {entry} for {problem}. "
+                "Delete the file, or tune again."
+            ) from error
+    return None
+
+
+def store(
+    backend: str,
+    problem: contract.Problem,
+    kernel: str,
+    config: Any,
+    *,
+    kind: str,
+    facts: Mapping[str, Any],
+    folder: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Writes one entry, beside the others of the device, and returns the file.
+
+    Args:
+      backend: its name.
+      problem: what was timed.
+      kernel: the name of the class of the configuration.
+      config: a dataclass of numbers.
+      kind: the device.
+      facts: how it was measured: times, versions, date.
+      folder: the user's, unless given.
+    """
+    path = path_for(folder or user_folder(), kind)
+    _read.cache_clear()
+    entries = dict(_read(path))
+    entries[key(backend, problem)] = {"kernel": kernel, "config": dataclasses.asdict(config), **facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    unfinished.replace(path)  # so that no other process reads half of it
+    _read.cache_clear()
+    return path
+
+
+def path_for(folder: pathlib.Path, kind: str) -> pathlib.Path:
+    """The file of a kind of device."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
+
+
+def key(backend: str, problem: contract.Problem) -> str:
+    """What an entry is stored under."""
+    rows = 1 << max(problem.m - 1, 0).bit_length()
+    fields = {**dataclasses.asdict(problem), "m": rows}
+    return " ".join([backend, *(f"{name}={value}" for name, value in fields.items())])
+
+
+@functools.cache
+def _read(path: pathlib.Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
