@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from pbjax import _compat
-from pbjax._views import Concatenation, View, Weight, is_weight
+from pbjax import _compat, _conv
+from pbjax._views import Concatenation, Flipped, View, Weight, is_weight
 
 Values = list[Any]
 Rule = Callable[[Any, Values], Values | None]
@@ -97,8 +97,7 @@ def _evaluate_equation(eqn: Any, values: Values) -> Values:
         results = rule(eqn, values) if rule else None
         if results is not None:
             return results
-        contract = _conv_contract(eqn) if eqn.primitive.name == "conv_general_dilated" else ()
-        values = [value.to_array(eqn.primitive.name, contract) if is_weight(value) else value for value in values]
+        values = [_to_array(value, eqn.primitive.name) for value in values]
     with eqn.ctx.manager:
         results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -116,7 +115,7 @@ def _transpose(eqn: Any, values: Values) -> Values | None:
 
 
 def _reshape(eqn: Any, values: Values) -> Values | None:
-    if isinstance(values[0], Concatenation):
+    if not isinstance(values[0], View):
         return None
     return _maybe(values[0].reshape(eqn.outvars[0].aval.shape))
 
@@ -130,6 +129,13 @@ def _broadcast_in_dim(eqn: Any, values: Values) -> Values | None:
     ):
         return None
     return _reshape(eqn, values)
+
+
+def _rev(eqn: Any, values: Values) -> Values | None:
+    view, dims = values[0], frozenset(eqn.params["dimensions"])
+    if isinstance(view, Flipped):
+        view, dims = view.view, dims ^ view.dims
+    return [Flipped(view, dims)] if isinstance(view, View) else None
 
 
 def _convert_element_type(eqn: Any, values: Values) -> Values | None:
@@ -222,6 +228,8 @@ def _dot_general(eqn: Any, values: Values) -> Values | None:
     out_dtype = eqn.outvars[0].aval.dtype
     if is_weight(lhs) and is_weight(rhs):  # one of them has to be the activations
         lhs = lhs.to_array("dot_general of two weights")
+    if isinstance(lhs, Flipped) or isinstance(rhs, Flipped):
+        return None
     if is_weight(rhs):
         return _maybe(rhs.dot(lhs, (lhs_contract, lhs_batch), (rhs_contract, rhs_batch), out_dtype))
     y = lhs.dot(rhs, (rhs_contract, rhs_batch), (lhs_contract, lhs_batch), out_dtype)
@@ -233,10 +241,11 @@ def _dot_general(eqn: Any, values: Values) -> Values | None:
     return [y.transpose((*range(num_batch), *range(y.ndim - num_free, y.ndim), *rows))]
 
 
-def _conv_contract(eqn: Any) -> tuple[int, ...]:
-    """The kernel's axes that a convolution sums over: space and input features."""
-    _, in_features, *space = eqn.params["dimension_numbers"].rhs_spec
-    return (*space, in_features)
+def _conv_general_dilated(eqn: Any, values: Values) -> Values | None:
+    x, kernel = values
+    if is_weight(x) or not isinstance(kernel, (View, Flipped)):
+        return None
+    return _maybe(_conv.convolve(x, kernel, eqn.params, eqn.outvars[0].aval.dtype))
 
 
 # Calls and control flow.
@@ -297,6 +306,7 @@ def _cond(eqn: Any, values: Values) -> Values | None:
 
 _RULES: dict[str, Rule] = {
     "transpose": _transpose,
+    "rev": _rev,
     "reshape": _reshape,
     "squeeze": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -311,6 +321,7 @@ _RULES: dict[str, Rule] = {
     "split": _split,
     "gather": _gather,
     "dot_general": _dot_general,
+    "conv_general_dilated": _conv_general_dilated,
     "jit": _call,
     "closed_call": _call,
     "custom_jvp_call": _call,
