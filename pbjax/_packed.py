@@ -117,7 +117,8 @@ class Packed:
         mapped = [a for a in wide(batch) if a + num_packed in tensor.output_axes]
         if mapped:  # as many products as there are groups of channels
             packed, renumber = self._stack_channels(mapped)
-            return packed.dot(x, *(tuple(map(renumber, axes)) for axes in (contract, batch, free)), out_dtype)
+            contract, batch, free = (tuple(map(renumber, axes)) for axes in (contract, batch, free))
+            return packed.dot(x, contract, batch, free, out_dtype)
         stored_contract = [a - num_packed for a in tensor.contract_axes]
         stored_free = [a - num_packed for a in tensor.output_axes]
         stack = range(-tensor.ndim, -num_packed)
