@@ -43,7 +43,6 @@ __all__ = [
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "OptimizedLSTMCell",
-    "SelfAttention",
     "SimpleCell",
 ]
 
@@ -157,7 +156,3 @@ class MultiHeadDotProductAttention(_OnBitlayers, nn.MultiHeadDotProductAttention
 
 class MultiHeadAttention(_OnBitlayers, nn.MultiHeadAttention):
     """`flax.linen.MultiHeadAttention` whose four kernels may be BitTensors; also with `decode`."""
-
-
-class SelfAttention(_OnBitlayers, nn.SelfAttention):
-    """`flax.linen.SelfAttention` whose four kernels may be BitTensors; also with `decode`."""

@@ -86,7 +86,8 @@ def quantize(
 
     Returns:
       A module of the same class, whose packed weights are `PackedParam`s. `nnx.jit`, `nnx.split`, `nnx.merge`,
-      `nnx.vmap` and `nnx.scan` take it as they take the original, `pbjax.with_bitlayers` sets its precision.
+      `nnx.vmap` and `nnx.scan` take it as they take the original. `pbjax.with_bitlayers` sets the precision of the
+      module, or of its `nnx.state`; of the latter where modules share submodules, which no pytree can express.
 
     Raises:
       TypeError: `model` is no NNX module.
