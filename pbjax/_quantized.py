@@ -26,10 +26,12 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
     """Makes a function of float weights run on BitTensors, wherever they stand in its arguments.
 
     The function is traced with the shapes and dtypes that the BitTensors stand for, and each product of a BitTensor
-    becomes `pbjax.matmul`. Transposes, reshapes, casts, slices, concatenations and look-ups by row are followed
-    without unpacking, through `jit`, `scan`, `while_loop`, `cond` and `remat`. Functions with custom derivatives that
-    take a weight are entered, and differentiated as the code that they consist of. What cannot be followed gets the
-    weight as floats, and a `DequantizedWarning` names the weight and the operation.
+    becomes `pbjax.matmul`; so do convolutions, whose patches are the rows. Transposes, reshapes, casts, slices,
+    concatenations and look-ups by row are followed without unpacking, through `jit`, `scan`, `while_loop`, `cond` and
+    `remat`. Functions with custom derivatives that take a weight are entered, and differentiated as the code that they
+    consist of. What cannot be followed gets the weight as floats, and a `DequantizedWarning` names the weight and the
+    operation. What an NNX module among the arguments writes into itself is written into the caller's module, as under
+    `nnx.jit`.
 
     Args:
       fn: any JAX function: `model.apply` of Linen, a function that merges and calls an NNX module, plain JAX.

@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from pbjax import _quantize
+from pbjax import _paths, _quantize
 from pbjax._bit_tensor import is_bit_tensor
-from pbjax._quantize import Spec
 from pbjax._quantized import quantized
+from pbjax._specs import Spec
 
 __all__ = [
     "Conv",
@@ -99,7 +99,7 @@ def quantize(
         )
     model = nnx.clone(model)
     variables: dict[str, nnx.Variable] = {}
-    specs: dict[str, Spec | None] = {}
+    axes: dict[str, Spec] = {}
     owners: list[tuple[nnx.Module, str, nnx.Variable]] = []
     for path, layer in list(nnx.iter_graph(model, graph=True)):
         if type(layer) not in _COUNTERPARTS:
@@ -110,16 +110,20 @@ def quantize(
             if any(variable is other for other in variables.values()):  # shared by two layers: packed for the first
                 continue
             full_name = "/".join(map(str, (*path, name)))
-            rule = next((rule for pattern, rule in (rules or {}).items() if re.search(pattern, full_name)), bits)
             variables[full_name] = variable
-            spec = None if rule is None else _with_axes(rule, contract, variable.ndim - rank)
-            specs[f"^{re.escape(full_name)}$"] = spec
+            axes[full_name] = Spec(contract=contract, stack=tuple(range(variable.ndim - rank)))
     if not variables:
         raise ValueError(
             "`model` must have a layer to put on bitlayers, but got none of "
             f"{', '.join(sorted(layer.__name__ for layer in _COUNTERPARTS))}. "
             "Weights outside of layers: use `pbjax.quantize` and `pbjax.quantized`."
         )
+    patterns = _paths.compile_patterns("rules", rules or {})
+    _paths.check_matches("rules", patterns, variables, "weights of layers")
+    specs = {
+        f"^{re.escape(name)}$": _with_axes(_paths.first_match(patterns, name, bits), spec)
+        for name, spec in axes.items()
+    }
     packed = _quantize.quantize(
         {name: variable.get_raw_value() for name, variable in variables.items()},
         bits,
@@ -142,14 +146,15 @@ def quantize(
     return model
 
 
-def _with_axes(rule: int | Spec, contract: tuple[int, ...], num_stack: int) -> Spec:
+def _with_axes(rule: Any, axes: Spec) -> Any:
     """A rule with the axes that a layer knows, where the rule names none."""
-    spec = rule if isinstance(rule, Spec) else Spec(bits=rule)
-    return dataclasses.replace(
-        spec,
-        contract=contract if spec.contract is None else spec.contract,
-        stack=tuple(range(num_stack)) if spec.stack is None else spec.stack,
-    )
+    if isinstance(rule, Spec):
+        return dataclasses.replace(
+            rule,
+            contract=axes.contract if rule.contract is None else rule.contract,
+            stack=axes.stack if rule.stack is None else rule.stack,
+        )
+    return None if rule is None else dataclasses.replace(axes, bits=rule)
 
 
 def _weights(layer: Any) -> list[tuple[str, tuple[int, ...], int]]:

@@ -66,7 +66,11 @@ PAIRS = [
     *((getattr(pbjax.linen, name), getattr(nn, name)) for name in sorted({name for name, *_ in LINEN})),
     *((getattr(pbjax.nnx, name), getattr(nnx, name)) for name in sorted({name for name, *_ in NNX})),
 ]
-RULES = {"embedding": 8}  # `quantize` with `fn` leaves tables alone that are only looked up
+
+
+def rules_of(name):
+    """`quantize` with `fn` leaves tables alone that are only looked up."""
+    return {"embedding": 8} if name == "Embed" else None
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +100,7 @@ def test_linen_layer(name, arguments, args):
     variables = jax.jit(layer.init)(KEY, *args)
     expected = jax.eval_shape(flax_layer.init, KEY, *args)
     assert jax.tree.structure(variables) == jax.tree.structure(expected)
-    qvariables = pbjax.quantize(variables, 8, fn=flax_layer.apply, args=args, rules=RULES)
+    qvariables = pbjax.quantize(variables, 8, fn=flax_layer.apply, args=args, rules=rules_of(name))
     prefix = pbjax.with_bitlayers(qvariables, 3)
     ours, flaxs, float_ours, float_flaxs = jax.jit(
         lambda q, v, *args: (
@@ -117,7 +121,7 @@ def test_nnx_layer(name, arguments, args):
     assert_same(nnx.to_pure_dict(nnx.state(layer)), nnx.to_pure_dict(nnx.state(flax_layer)))
     qlayer, qflax_layer = (pbjax.nnx.quantize(each, 8) for each in (layer, flax_layer))
     assert type(qlayer) is type(qflax_layer) is type(layer)
-    traced = pbjax.quantize(flax_layer, 8, fn=call, args=args, rules=RULES)  # packs for what it sees
+    traced = pbjax.quantize(flax_layer, 8, fn=call, args=args, rules=rules_of(name))  # packs for what it sees
     assert_same(tensors_of(qflax_layer), tensors_of(traced))
     ours, replaced, flaxs, float_ours, float_flaxs = nnx.jit(
         lambda *layers: tuple((call if i != 2 else pbjax.quantized(call))(each, *args) for i, each in enumerate(layers))
@@ -187,6 +191,12 @@ def test_linen_embed_attends_with_the_table_that_it_looks_up():
     np.testing.assert_array_equal(
         layer.apply(qvariables, TOKENS), pbjax.dequantize(qvariables)["params"]["embedding"][TOKENS]
     )
+
+
+def test_table_in_the_documentation_is_current():
+    from tests import layer_table
+
+    assert layer_table.FILE.read_text() == layer_table.table()
 
 
 class Block(nnx.Module):
@@ -311,6 +321,8 @@ class TestNnxQuantize:
     def test_refuses(self):
         with pytest.raises(TypeError, match="`model` must be an NNX module, but got dict"):
             pbjax.nnx.quantize({"kernel": jnp.ones((2, 2))}, 8)
+        with pytest.raises(ValueError, match="pattern 'bias' matches none of kernel"):
+            pbjax.nnx.quantize(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 8, rules={"bias": 4})
         with pytest.raises(ValueError, match="`model` must have a layer to put on bitlayers, but got none of Conv, "):
             pbjax.nnx.quantize(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), 8)
         linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))

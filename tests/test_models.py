@@ -18,7 +18,6 @@ from flax import linen as nn
 from flax import nnx
 
 import pbjax
-import pbjax.linen
 
 KEY = jax.random.key(0)
 WIDTH = 384  # a kernel of it is larger than everything else in the models below
