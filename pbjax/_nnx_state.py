@@ -101,12 +101,16 @@ def _check_no_new_modules(written: Objects) -> None:
 
 
 def _write(originals: Objects, path: tuple[Any, ...], node: Any, content: Any) -> None:
-    if not _is_variable(node):
-        setattr(originals[path[:-1]], path[-1], content)
-    elif path in originals:
+    if _is_variable(node) and path in originals:
         originals[path].set_raw_value(content)
-    else:  # a new one, as `sow` makes them
-        setattr(originals[path[:-1]], path[-1], node.replace(content))
+        return
+    owner: Any = originals[path[:-1]]
+    name = path[-1]
+    content = node.replace(content) if _is_variable(node) else content  # a new Variable, as `sow` makes them
+    if isinstance(name, str) and _is_module(owner):
+        setattr(owner, name, content)
+    else:
+        owner[name] = content
 
 
 def _is_module(value: Any) -> bool:
