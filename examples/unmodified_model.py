@@ -30,20 +30,22 @@ class CNN(nn.Module):
 def train(model: CNN, images: jax.Array, labels: jax.Array, steps: int):
     optimizer, params = optax.adam(3e-3), model.init(jax.random.key(0), images[:1])
 
-    def step(carry, _):
-        def loss(params):
-            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, images), labels).mean()
+    def loss(params, rows):
+        logits = model.apply(params, images[rows])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
 
-        updates, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
+    def step(carry, rows):
+        updates, state = optimizer.update(jax.grad(loss)(carry[0], rows), carry[1])
         return (optax.apply_updates(carry[0], updates), state), None
 
-    return jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])((params, optimizer.init(params)))[0]
+    batches = jax.random.randint(jax.random.key(1), (steps, 64), 0, len(images))
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, batches)[0])((params, optimizer.init(params)))[0]
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150, help="of training (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("unmodified_model.png"), help="picture to write")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--output", type=Path, default=Path("unmodified_model.png"))
     args = parser.parse_args(argv)
     digits = sklearn.datasets.load_digits()
     images, labels = jnp.asarray(digits.images[..., None] / 16, jnp.float32), jnp.asarray(digits.target)
@@ -58,9 +60,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         qparams = pbjax.with_bitlayers(qparams, dict(zip(layers, bitlayers, strict=True)))
         return (pbjax.quantized(model.apply)(qparams, images).argmax(-1) == labels).mean()
 
-    exact = float((model.apply(params, test[0]).argmax(-1) == test[1]).mean())
+    exact, curves = float((model.apply(params, test[0]).argmax(-1) == test[1]).mean()), {}
     print(f"{'bitlayers':>14}{''.join(f'{b:>7}' for b in range(1, 9))}   float32: {exact:.1%}")
-    curves = {}
     for name in ("all layers", *layers):  # a layer alone: the others keep all 8
         counts = [[b if name in ("all layers", layer) else 8 for layer in layers] for b in range(1, 9)]
         curves[name] = [float(accuracy(qparams, jnp.array(count), *test)) for count in counts]
@@ -70,8 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     plt.gca().set(xlabel="bitlayers of that layer, all others at 8", ylabel="accuracy on 300 test digits")
     plt.legend()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(args.output, dpi=120, bbox_inches="tight")
-    plt.close()
+    plt.savefig(args.output, dpi=120)
     return curves
 
 
