@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from pbjax import _compat
-from pbjax._views import Concatenation, View, Weight, is_weight
+from pbjax import _compat, _conv, _forward
+from pbjax._views import Concatenation, Flipped, View, Weight, is_weight
 
 Values = list[Any]
 Rule = Callable[[Any, Values], Values | None]
@@ -27,7 +27,7 @@ def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """fn(*args, **kwargs), where some leaves of the arguments are weights.
 
     Leaves that are neither weights nor arrays (flags, names) are passed through unseen; so are results that are no
-    arrays.
+    arrays. A weight that the function returns as it came is returned as the weight.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
     dynamic = [i for i, leaf in enumerate(leaves) if is_weight(leaf) or _is_array(leaf)]
@@ -46,8 +46,12 @@ def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     closed = jax.make_jaxpr(flat)(
         *(jax.ShapeDtypeStruct(value.shape, value.dtype) if is_weight(value) else value for value in values)
     )
-    arrays = iter([_to_array(value, "output of the function") for value in _evaluate(closed, values)])
-    out_leaves = [next(arrays) if leaf is None else leaf for leaf in results["leaves"]]
+    given = {id(value) for value in values}
+    outputs = iter(
+        value if id(value) in given else _to_array(value, "output of the function")
+        for value in _evaluate(closed, values)
+    )
+    out_leaves = [next(outputs) if leaf is None else leaf for leaf in results["leaves"]]
     return jax.tree.unflatten(results["treedef"], out_leaves)
 
 
@@ -97,8 +101,7 @@ def _evaluate_equation(eqn: Any, values: Values) -> Values:
         results = rule(eqn, values) if rule else None
         if results is not None:
             return results
-        contract = _conv_contract(eqn) if eqn.primitive.name == "conv_general_dilated" else ()
-        values = [value.to_array(eqn.primitive.name, contract) if is_weight(value) else value for value in values]
+        values = [_to_array(value, eqn.primitive.name) for value in values]
     with eqn.ctx.manager:
         results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -116,7 +119,7 @@ def _transpose(eqn: Any, values: Values) -> Values | None:
 
 
 def _reshape(eqn: Any, values: Values) -> Values | None:
-    if isinstance(values[0], Concatenation):
+    if not isinstance(values[0], View):
         return None
     return _maybe(values[0].reshape(eqn.outvars[0].aval.shape))
 
@@ -130,6 +133,13 @@ def _broadcast_in_dim(eqn: Any, values: Values) -> Values | None:
     ):
         return None
     return _reshape(eqn, values)
+
+
+def _rev(eqn: Any, values: Values) -> Values | None:
+    view, dims = values[0], frozenset(eqn.params["dimensions"])
+    if isinstance(view, Flipped):
+        view, dims = view.view, dims ^ view.dims
+    return [Flipped(view, dims)] if isinstance(view, View) else None
 
 
 def _convert_element_type(eqn: Any, values: Values) -> Values | None:
@@ -222,6 +232,8 @@ def _dot_general(eqn: Any, values: Values) -> Values | None:
     out_dtype = eqn.outvars[0].aval.dtype
     if is_weight(lhs) and is_weight(rhs):  # one of them has to be the activations
         lhs = lhs.to_array("dot_general of two weights")
+    if isinstance(lhs, Flipped) or isinstance(rhs, Flipped):
+        return None
     if is_weight(rhs):
         return _maybe(rhs.dot(lhs, (lhs_contract, lhs_batch), (rhs_contract, rhs_batch), out_dtype))
     y = lhs.dot(rhs, (rhs_contract, rhs_batch), (lhs_contract, lhs_batch), out_dtype)
@@ -233,10 +245,11 @@ def _dot_general(eqn: Any, values: Values) -> Values | None:
     return [y.transpose((*range(num_batch), *range(y.ndim - num_free, y.ndim), *rows))]
 
 
-def _conv_contract(eqn: Any) -> tuple[int, ...]:
-    """The kernel's axes that a convolution sums over: space and input features."""
-    _, in_features, *space = eqn.params["dimension_numbers"].rhs_spec
-    return (*space, in_features)
+def _conv_general_dilated(eqn: Any, values: Values) -> Values | None:
+    x, kernel = values
+    if is_weight(x) or not isinstance(kernel, (View, Flipped)):
+        return None
+    return _maybe(_conv.convolve(x, kernel, eqn.params, eqn.outvars[0].aval.dtype))
 
 
 # Calls and control flow.
@@ -247,56 +260,79 @@ def _call(eqn: Any, values: Values) -> Values | None:
     return _evaluate(jaxpr, values)
 
 
+def _kept(eqn: Any, values: Values) -> Values:
+    """For each output of an equation the weight among its operands that it is, or None."""
+    operands = (None if i is None else values[i] for i in _forward.forwarded(eqn))
+    return [value if is_weight(value) else None for value in operands]
+
+
+def _arrays(outputs: Values, kept: Values, primitive: str) -> Values:
+    """What a function inside a transform may return: arrays, and nothing in place of weights that are kept outside."""
+    return [
+        _to_array(value, primitive) if weight is None else None for value, weight in zip(outputs, kept, strict=True)
+    ]
+
+
+def _merge(outputs: Sequence[Any], kept: Values) -> Values:
+    return [value if weight is None else weight for value, weight in zip(outputs, kept, strict=True)]
+
+
 def _remat(eqn: Any, values: Values) -> Values | None:
-    params = eqn.params
+    params, kept = eqn.params, _kept(eqn, values)
 
     def run(*values):
-        return [_to_array(out, "output of remat") for out in _evaluate_open(params["jaxpr"], (), values)]
+        return _arrays(_evaluate_open(params["jaxpr"], (), values), kept, "output of remat")
 
-    return jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
+    run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return _merge(run(*values), kept)
 
 
 def _scan(eqn: Any, values: Values) -> Values | None:
-    params = eqn.params
+    params, kept = eqn.params, _kept(eqn, values)
     consts, carry, xs = _compat.split_scan_operands(params, values)
-    carry = [_to_array(value, "carry of scan") for value in carry]
+    carried = kept[: len(carry)]
+    carry = _arrays(carry, carried, "carry of scan")
     xs = [_to_array(x, "scan over an axis that is not stacked") if is_weight(x) and not x.is_stacked else x for x in xs]
 
     def body(carry, xs):
         layer = [x.next_layer() if is_weight(x) else x for x in xs]
-        out = [_to_array(v, "output of scan") for v in _evaluate(params["jaxpr"], [*consts, *carry, *layer])]
+        out = _evaluate(params["jaxpr"], [*consts, *_merge(carry, carried), *layer])
+        out = _arrays(out, kept, "output of scan")
         return out[: len(carry)], out[len(carry) :]
 
     carry, ys = lax.scan(body, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"])
-    return [*carry, *ys]
+    return _merge([*carry, *ys], kept)
 
 
 def _while(eqn: Any, values: Values) -> Values | None:
-    params = eqn.params
+    params, kept = eqn.params, _kept(eqn, values)
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = values[:num_cond], values[num_cond : num_cond + num_body]
-    carry = [_to_array(value, "carry of while") for value in values[num_cond + num_body :]]
+    carry = _arrays(values[num_cond + num_body :], kept, "carry of while")
 
     def cond(carry):
-        return _evaluate(params["cond_jaxpr"], [*cond_consts, *carry])[0]
+        return _evaluate(params["cond_jaxpr"], [*cond_consts, *_merge(carry, kept)])[0]
 
     def body(carry):
-        return [_to_array(v, "output of while") for v in _evaluate(params["body_jaxpr"], [*body_consts, *carry])]
+        out = _evaluate(params["body_jaxpr"], [*body_consts, *_merge(carry, kept)])
+        return _arrays(out, kept, "output of while")
 
-    return list(lax.while_loop(cond, body, carry))
+    return _merge(lax.while_loop(cond, body, carry), kept)
 
 
 def _cond(eqn: Any, values: Values) -> Values | None:
     index, *operands = values
+    kept = _kept(eqn, values)
 
     def branch(jaxpr):
-        return lambda *operands: [_to_array(v, "output of cond") for v in _evaluate(jaxpr, operands)]
+        return lambda *operands: _arrays(_evaluate(jaxpr, operands), kept, "output of cond")
 
-    return list(lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands))
+    return _merge(lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands), kept)
 
 
 _RULES: dict[str, Rule] = {
     "transpose": _transpose,
+    "rev": _rev,
     "reshape": _reshape,
     "squeeze": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -311,6 +347,7 @@ _RULES: dict[str, Rule] = {
     "split": _split,
     "gather": _gather,
     "dot_general": _dot_general,
+    "conv_general_dilated": _conv_general_dilated,
     "jit": _call,
     "closed_call": _call,
     "custom_jvp_call": _call,

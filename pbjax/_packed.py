@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class Packed:
     def stack_shape(self) -> tuple[int, ...]:
         return self.tensor.stack_shape
 
-    def to_array(self, primitive: str, contract: Axes = ()) -> jax.Array:
+    def to_array(self, primitive: str) -> jax.Array:
         self.log.entries.append(Dequantized(self.path, primitive))
         return _bit_tensor.unpack_array(self.tensor)
 
@@ -113,6 +114,11 @@ class Packed:
         tensor = self.tensor
         num_packed = len(tensor.packed_shape)
         wide = lambda axes: [a for a in axes if self.shape[a] != 1]  # noqa: E731
+        mapped = [a for a in wide(batch) if a + num_packed in tensor.output_axes]
+        if mapped:  # as many products as there are groups of channels
+            packed, renumber = self._stack_channels(mapped)
+            contract, batch, free = (tuple(map(renumber, axes)) for axes in (contract, batch, free))
+            return packed.dot(x, contract, batch, free, out_dtype)
         stored_contract = [a - num_packed for a in tensor.contract_axes]
         stored_free = [a - num_packed for a in tensor.output_axes]
         stack = range(-tensor.ndim, -num_packed)
@@ -147,6 +153,33 @@ class Packed:
         return y.transpose((*range(offset), *order)).reshape(
             batch_shape + rows_shape + tuple(self.shape[a] for a in free)
         )
+
+    def _stack_channels(self, axes: list[int]) -> tuple[Packed, Callable[[int], int]]:
+        """With some output axes as the last of the stack axes, and where each axis went."""
+        tensor = self.tensor
+        num_packed, num_stack = len(tensor.packed_shape), len(tensor.stack_shape)
+        moved = [a + num_packed for a in axes]
+        kept = [i for i in range(num_packed) if i not in moved]
+        order = [a - num_packed for a in range(-num_stack, 0)] + [i - num_packed for i in (*moved, *kept)]
+        places = {axis: place - tensor.ndim for place, axis in enumerate(order)}
+
+        def split(leaf):  # [*stack, a, b, n] -> [*stack, *moved, a, b, rest of n]
+            leaf = leaf.reshape(leaf.shape[:-1] + tensor.output_shape)
+            dims = [num_stack + 2 + tensor.output_axes.index(i) for i in moved]
+            leaf = jnp.moveaxis(leaf, dims, range(num_stack, num_stack + len(dims)))
+            return leaf.reshape((*leaf.shape[: num_stack + len(dims) + 2], -1))
+
+        sizes = tuple(tensor.packed_shape[i] for i in moved)
+        bitlayers = tensor.bitlayers.reshape(tensor.stack_shape + (1,) * len(sizes))
+        stacked = tensor.replace(
+            words=split(tensor.words),
+            scale=split(tensor.scale),
+            bitlayers=jnp.broadcast_to(bitlayers, tensor.stack_shape + sizes),
+            packed_shape=tuple(tensor.packed_shape[i] for i in kept),
+            contract_axes=tuple(kept.index(i) for i in tensor.contract_axes),
+            output_axes=tuple(kept.index(i) for i in tensor.output_axes if i in kept),
+        )
+        return self._with(stacked), places.__getitem__
 
     def take(self, axis: int, indices: jax.Array) -> jax.Array | None:
         tensor = self.tensor

@@ -47,7 +47,8 @@ def quantize(
 
     How a weight is used decides how it is packed. With `fn`, `fn(tree, *args)` is traced, without computing anything,
     and each weight is packed for the operation that consumes it. Without, a weight of rank 2 is taken as (in, out), and
-    of all others the last axis is taken as the output. A wrong guess costs speed, never correctness.
+    of all others the last axis is taken as the output. A wrong guess costs speed, never correctness. For an NNX module
+    that is to be called as it stands, see `pbjax.nnx.quantize`, whose layers know how they use their weights.
 
     Args:
       tree: any pytree: Linen variables, an `nnx.State` or `nnx.Module`, dicts. BitTensors in it stay as they are.

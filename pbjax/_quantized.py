@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -11,7 +12,7 @@ import jax
 
 from pbjax import _bit_tensor, _interpret, _paths
 from pbjax._packed import Dequantized, Log, Packed
-from pbjax._views import View
+from pbjax._views import View, is_weight
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,10 +26,12 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
     """Makes a function of float weights run on BitTensors, wherever they stand in its arguments.
 
     The function is traced with the shapes and dtypes that the BitTensors stand for, and each product of a BitTensor
-    becomes `pbjax.matmul`. Transposes, reshapes, casts, slices, concatenations and look-ups by row are followed
-    without unpacking, through `jit`, `scan`, `while_loop`, `cond` and `remat`. Functions with custom derivatives that
-    take a weight are entered, and differentiated as the code that they consist of. What cannot be followed gets the
-    weight as floats, and a `DequantizedWarning` names the weight and the operation.
+    becomes `pbjax.matmul`; so do convolutions, whose patches are the rows. Transposes, reshapes, casts, slices,
+    concatenations and look-ups by row are followed without unpacking, through `jit`, `scan`, `while_loop`, `cond` and
+    `remat`. Functions with custom derivatives that take a weight are entered, and differentiated as the code that they
+    consist of. What cannot be followed gets the weight as floats, and a `DequantizedWarning` names the weight and the
+    operation. What an NNX module among the arguments writes into itself is written into the caller's module, as under
+    `nnx.jit`.
 
     Args:
       fn: any JAX function: `model.apply` of Linen, a function that merges and calls an NNX module, plain JAX.
@@ -65,6 +68,16 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
 
 def run(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[T, list[Dequantized]]:
     """fn(*args, **kwargs) on BitTensors, and what had to be dequantized."""
+    if "flax.nnx" in sys.modules:  # without it there are no modules, and it is not imported for nothing
+        from pbjax import _nnx_state
+
+        if _nnx_state.holds_module((args, kwargs)):
+            return _nnx_state.run(_run_pure, fn, args, kwargs)
+    return _run_pure(fn, args, kwargs)
+
+
+def _run_pure(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[T, list[Dequantized]]:
+    """`run` for a function that writes into none of its arguments."""
     names, leaves, treedef = _paths.named_leaves((args, kwargs))
     log = Log()
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -73,4 +86,6 @@ def run(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             _bit_tensor.check_bit_tensor(leaf, path)
             leaves[i] = View.of(Packed(leaf, path, log), leaf.dtype)
     call_args, call_kwargs = jax.tree.unflatten(treedef, leaves)
-    return _interpret.call(fn, call_args, call_kwargs), sorted(set(log.entries))
+    result = _interpret.call(fn, call_args, call_kwargs)
+    result = jax.tree.map(lambda leaf: leaf.source.tensor if is_weight(leaf) else leaf, result, is_leaf=is_weight)
+    return result, sorted(set(log.entries))

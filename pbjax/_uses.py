@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,9 +74,8 @@ class Probe:
     def stack_shape(self) -> tuple[int, ...]:
         return self.array.shape  # which axes are stacks is what the trace is to find out
 
-    def to_array(self, primitive: str, contract: Axes = ()) -> jax.Array:
-        batch = [] if contract else self._axes
-        self._note(primitive, contract, [a for a in self._axes if a not in (*contract, *batch)])
+    def to_array(self, primitive: str) -> jax.Array:
+        self._note(primitive, (), ())
         return self.array
 
     def split_axis(self, axis: int, sizes: tuple[int, int]) -> Probe:
@@ -151,17 +149,14 @@ def layout_of(shape: tuple[int, ...], uses: Sequence[Use]) -> Layout | None:
     """The packing that serves the first product among the uses, or None where there is none.
 
     Axes before the first that the product contracts or keeps are stacked: the function indexes, scans or maps them.
+    Those behind it that are neither (feature groups of a convolution) become channels, and the product maps over them.
     A look-up by row is served too when the product keeps the axis that it looks up.
     """
     rank = len(shape)
     for use in uses:
         if not use.contract:
             continue
-        named = {a + rank for a in (*use.contract, *use.free)}
-        num_stack = min(named)
-        rest = [i for i in range(num_stack, rank) if i not in named]
-        if math.prod(shape[i] for i in rest) == 1:
-            return Layout(num_stack, tuple(a + rank for a in use.contract))
+        return Layout(min((*use.contract, *use.free)) + rank, tuple(a + rank for a in use.contract))
     for use in uses:
         if use.primitive == "gather" and rank == 2:
             (axis,) = use.free

@@ -33,8 +33,8 @@ class Source(Protocol):
         """Sizes of the leading axes that `scan` may take off."""
         ...
 
-    def to_array(self, primitive: str, contract: Axes = ()) -> jax.Array:
-        """The whole weight as floats, asked for by `primitive`, which sums over `contract` if it is a product."""
+    def to_array(self, primitive: str) -> jax.Array:
+        """The whole weight as floats, asked for by `primitive`."""
         ...
 
     def split_axis(self, axis: int, sizes: tuple[int, int]) -> Source | None:
@@ -80,12 +80,9 @@ class View:
     def shape(self) -> tuple[int, ...]:
         return tuple(math.prod(self.source.shape[a] for a in axes) for axes in self.axes)
 
-    def to_array(self, primitive: str, contract: Axes = ()) -> jax.Array:
-        """The weight as the floats that the function expects; `primitive` could not do with less.
-
-        `contract` names the axes of the view that it sums over, if it is a product.
-        """
-        array = self.source.to_array(primitive, tuple(a for i in contract for a in self.axes[i]))
+    def to_array(self, primitive: str) -> jax.Array:
+        """The weight as the floats that the function expects; `primitive` could not do with less."""
+        array = self.source.to_array(primitive)
         order = [a + array.ndim for a in itertools.chain.from_iterable(self.axes)]
         order += [i for i in range(array.ndim) if i not in order]  # of size 1
         return array.transpose(order).reshape(self.shape).astype(self.dtype)
@@ -209,8 +206,8 @@ class Concatenation:
         parts = [mapped for part in self.parts if (mapped := fn(part)) is not None]
         return Concatenation(tuple(parts), dim) if len(parts) == len(self.parts) else None
 
-    def to_array(self, primitive: str, contract: Axes = ()) -> jax.Array:
-        return lax.concatenate([part.to_array(primitive, contract) for part in self.parts], self.dim)
+    def to_array(self, primitive: str) -> jax.Array:
+        return lax.concatenate([part.to_array(primitive) for part in self.parts], self.dim)
 
     @property
     def is_stacked(self) -> bool:
@@ -238,9 +235,40 @@ class Concatenation:
         return lax.concatenate(results, results[0].ndim - len(free) + free.index(self.dim))
 
 
-Weight = View | Concatenation
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flipped:
+    """A view with some axes in reverse order: a convolution can read its kernel so, nothing else can."""
+
+    view: View
+    dims: frozenset[int] = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.view.shape
+
+    @property
+    def is_stacked(self) -> bool:
+        return 0 not in self.dims and self.view.is_stacked
+
+    def next_layer(self) -> Flipped:
+        return Flipped(self.view.next_layer(), frozenset(i - 1 for i in self.dims))
+
+    def to_array(self, primitive: str) -> jax.Array:
+        return lax.rev(self.view.to_array(primitive), sorted(self.dims))
+
+    def astype(self, dtype: np.dtype) -> Flipped | None:
+        view = self.view.astype(dtype)
+        return None if view is None else Flipped(view, self.dims)
+
+    def transpose(self, permutation: Sequence[int]) -> Flipped:
+        dims = frozenset(i for i, old in enumerate(permutation) if old in self.dims)
+        return Flipped(self.view.transpose(permutation), dims)
+
+
+Weight = View | Concatenation | Flipped
 
 
 def is_weight(value: object) -> bool:
     """Whether a value stands for a weight: the `is_leaf` of pytree functions."""
-    return isinstance(value, (View, Concatenation))
+    return isinstance(value, (View, Concatenation, Flipped))

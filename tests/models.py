@@ -131,9 +131,7 @@ def models() -> list[Model]:
     dense = ((), (0,))
     return [
         _linen("mlp", MLP(), x, (dense, dense)),
-        _linen(
-            "conv", ConvNet(), jax.random.normal(KEY, (2, 8, 8, 3)), (((), (0, 1, 2)), dense), ("conv_general_dilated",)
-        ),
+        _linen("conv", ConvNet(), jax.random.normal(KEY, (2, 8, 8, 3)), (((), (0, 1, 2)), dense)),
         _linen("lstm", nn.RNN(nn.OptimizedLSTMCell(24)), sequence, (dense,) * 8),
         _linen("gru", nn.RNN(nn.GRUCell(24)), sequence, (dense,) * 6),
         _linen(

@@ -110,6 +110,22 @@ class TestDigits:
             assert option in printed
 
 
+class TestUnmodifiedModel:
+    def test_table_and_picture(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.syspath_prepend(EXAMPLES)
+        module = importlib.import_module("unmodified_model")
+        assert len(Path(module.__file__).read_text().splitlines()) < 80
+        picture = tmp_path / "new" / "unmodified_model.png"
+        with jax.numpy_dtype_promotion("standard"):  # optax.adam, as above
+            curves = module.main(["--steps", "40", "--output", str(picture)])
+        assert list(curves) == ["all layers", "Conv_0", "Conv_1", "Dense_0", "Dense_1"]
+        assert len({curve[-1] for curve in curves.values()}) == 1  # all at 8: the same model
+        assert curves["all layers"][0] < curves["all layers"][-1]
+        assert curves["all layers"][-1] > 0.7
+        assert "float32: " in capsys.readouterr().out
+        assert min(matplotlib.image.imread(picture).shape[:2]) > 300
+
+
 def write_idx(path: Path, values: np.ndarray) -> None:
     header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
     content = header + values.astype(np.uint8).tobytes()
@@ -211,6 +227,25 @@ class TestBenchmark:
     def test_refuses_option(self, benchmark_matmul, args):
         with pytest.raises(SystemExit, match="2"):
             benchmark_matmul.main(args)
+
+    def test_layers(self, benchmark_matmul, monkeypatch, tmp_path):
+        layers = importlib.import_module("layers")
+        output = tmp_path / "layers.csv"
+        options = ["--hidden", "32", "--image", "56", "--bitlayers", "1", "4", "--activation-bits", "8"]
+        rows = layers.main([*options, "--repeats", "1", "--max-seconds", "0", "--output", str(output)])
+        with open(output, newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert list(lines[0]) == [field.name for field in dataclasses.fields(layers.Row)]
+        assert len(lines) == len(rows) == 6 * (1 + 2)  # each layer on floats and at two numbers of bitlayers
+        assert {line["layer"].split()[0] for line in lines} == {
+            "Dense",
+            "LSTMCell",
+            "OptimizedLSTMCell",
+            "GRUCell",
+            "Conv",
+        }
+        assert all(float(line["median_us"]) > 0 for line in lines)
+        assert {line["speedup_over_float"] for line in lines if not line["bitlayers"]} == {"1.0"}
 
     def test_functions_take_turns(self, timing):
         order = []

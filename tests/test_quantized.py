@@ -167,6 +167,27 @@ def test_gradient_inside_the_function():
     assert_trees_close(actual, loss_gradient(pbjax.dequantize(qparams), x), 1e-5)
 
 
+def test_weights_that_loops_and_calls_return_as_they_came_stay_packed():
+    """As NNX transforms return every weight of a module. The function's own result is the BitTensor then."""
+
+    def fn(params, x):
+        step = lambda w, x: (w, jnp.tanh(x @ w))  # noqa: E731
+        w, x = jax.lax.fori_loop(0, 3, lambda _, state: step(*state), (params["w"], x))
+        (w, x), _ = jax.lax.scan(lambda state, _: (step(*state), None), (w, x), length=2)
+        w, x = jax.lax.while_loop(lambda state: jnp.sum(state[0]) > 1e9, lambda state: step(*state), (w, x))
+        w, x = jax.lax.cond(x[0, 0] > 0, jax.checkpoint(step), jax.jit(step), w, x)
+        return w, x
+
+    params, x = {"w": jax.random.normal(KEY, (16, 16))}, jax.random.normal(KEY, (4, 16))
+    qparams = pbjax.quantize(params, 8, activation_bits=24, rules={"w": 8})
+    with pytest.warns(pbjax.DequantizedWarning) as caught:
+        w, y = jax.jit(pbjax.quantized(fn))(qparams, x)
+    assert str(caught[0].message).count("(") == 1  # the sum, of which the loop's condition consists
+    assert "w (reduce_sum)" in str(caught[0].message)
+    jax.tree.map(np.testing.assert_array_equal, w, qparams["w"])
+    assert_trees_close(y, fn(pbjax.dequantize(qparams), x)[1], 1e-4)
+
+
 def test_arguments_that_are_no_arrays_and_results_that_are_none():
     def fn(params, x, mode, *, scale, names=("a",)):
         assert mode == "plain"
