@@ -41,7 +41,7 @@ def partitioned(backend: _backends.Backend, *, problem: contract.Problem, prefix
     """
     if axes:
         whole = dataclasses.replace(problem, k=problem.k * lax.axis_size(axes))
-        return functools.partial(_of_shards, backend, whole, axes, prefixes)
+        return _Shards(backend=backend, problem=whole, axes=axes, prefixes=prefixes).of_parts
     if jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map` every device has a product of its own
         return functools.partial(_of_rows, backend, problem, prefixes)
 
@@ -66,44 +66,6 @@ def _of_rows(
     if backend.whole:
         return run(x, words, scale, counts)
     return on_codes(lambda codes: run(codes, words, scale, counts), x, problem.activation_bits)
-
-
-def _of_shards(
-    backend: _backends.Backend,
-    problem: contract.Problem,
-    axes: Axes,
-    prefixes: bool,
-    x: jax.Array,
-    words: jax.Array,
-    scale: jax.Array,
-    counts: jax.Array,
-) -> jax.Array:
-    """The product on devices that share k: x and words are parts of it, cut over the mesh axes alike."""
-
-    def run(codes):
-        return sum_over_k(backend, problem, axes, prefixes, codes, words, scale, counts)
-
-    return on_codes(run, x, problem.activation_bits, axes)
-
-
-def _of_cut_words(
-    backend: _backends.Backend,
-    problem: contract.Problem,
-    axes: Axes,
-    prefixes: bool,
-    x: jax.Array,
-    words: jax.Array,
-    scale: jax.Array,
-    counts: jax.Array,
-) -> jax.Array:
-    """`_of_shards`, where every device has whole rows: steps need no communication, and codes are cut afterwards."""
-    size = words.shape[1] * contract.WORD_BITS
-
-    def run(codes):
-        part = lax.dynamic_slice_in_dim(codes, lax.axis_index(axes) * size, size, 1)
-        return sum_over_k(backend, problem, axes, prefixes, part, words, scale, counts)
-
-    return on_codes(run, x, problem.activation_bits)
 
 
 def _local(problem: contract.Problem, x: jax.Array, words: jax.Array) -> contract.Problem:
@@ -131,8 +93,8 @@ def _with_rule(backend: _backends.Backend, problem: contract.Problem, prefixes: 
         if k_axes:
             num_shards = math.prod(mesh.shape[axis] for axis in k_axes)
             check_cut("`w`, cut over k", problem.num_words * contract.WORD_BITS, problem.group_size, num_shards)
-            of_part = _of_shards if x_cut_alike else _of_cut_words
-            fn = functools.partial(of_part, backend, problem, k_axes, prefixes)
+            shards = _Shards(backend=backend, problem=problem, axes=k_axes, prefixes=prefixes)
+            fn = shards.of_parts if x_cut_alike else shards.of_rows
         return mesh, fn, put(None, rows, n_axes) if prefixes else put(rows, n_axes), operands
 
     # Words run over groups and the words of a group; a last group that is short is never cut. The k of x is a factor of
@@ -186,50 +148,69 @@ def in_explicit_mesh(
     return auto(*leaves)
 
 
-def sum_over_k(
-    backend: _backends.Backend,
-    problem: contract.Problem,
-    axes: Axes,
-    prefixes: bool,
-    x: jax.Array,
-    words: jax.Array,
-    scale: jax.Array,
-    counts: jax.Array,
-) -> jax.Array:
-    """The whole product, on each of the devices that hold one part of k each.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shards:
+    """A product whose k lies in equal parts on several devices; each runs its part, and has the whole result.
 
-    Args:
+    Attributes:
       backend: what runs each part. Without `limb_sums`, those of `xla` are taken for fixed-point activations.
       problem: the whole problem; m and n are read off the operands.
       axes: the mesh axes that cut k.
       prefixes: whether to return the product at every number of bitlayers; `counts` is not looked at then.
-      x: number[m, k / shards], codes of steps that all devices share, or floats.
-      words: uint32[bits, words / shards, n].
-      scale: f32[min(bits, 4), groups / shards, n], or of one group, the same on all devices.
-      counts: int32[m].
-
-    Returns:
-      f32[m, n], or f32[bits, m, n], the same on all devices.
     """
-    if prefixes:  # one row for each number of bitlayers
-        counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), len(x))
-        x = jnp.tile(x, (problem.bits, 1))
-    local = _local(problem, x, words)
-    if problem.activation_bits is None:
-        y = lax.psum(backend.matmul(local, x, words, scale, counts), axes)
-    else:
-        limb_sums = functools.partial(backend.limb_sums or xla.limb_sums, words=words)
-        if problem.groups == 1:
-            sums = lax.psum(_segments_of_k(problem, local, axes, limb_sums, x, counts), axes)
-            sums = _sum_segments(problem, sums, counts)
+
+    backend: _backends.Backend
+    problem: contract.Problem
+    axes: Axes
+    prefixes: bool
+
+    def of_parts(self, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array) -> jax.Array:
+        """The product of float[m, k / shards], the part of each row that belongs to the words here."""
+        run = functools.partial(self.sum, words=words, scale=scale, counts=counts)
+        return on_codes(run, x, self.problem.activation_bits, self.axes)
+
+    def of_rows(self, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array) -> jax.Array:
+        """The same of whole rows, float[m, k]: their steps need no communication, and codes are cut afterwards."""
+        size = words.shape[1] * contract.WORD_BITS
+
+        def run(codes):
+            part = lax.dynamic_slice_in_dim(codes, lax.axis_index(self.axes) * size, size, 1)
+            return self.sum(part, words, scale, counts)
+
+        return on_codes(run, x, self.problem.activation_bits)
+
+    def sum(self, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array) -> jax.Array:
+        """The product of the contract, its parts added up.
+
+        Args:
+          x: number[m, k / shards], codes of steps that all devices share, or floats.
+          words: uint32[bits, words / shards, n].
+          scale: f32[min(bits, 4), groups / shards, n], or of one group, the same on all devices.
+          counts: int32[m].
+
+        Returns:
+          f32[m, n], or f32[bits, m, n], the same on all devices.
+        """
+        problem = self.problem
+        if self.prefixes:  # one row for each number of bitlayers
+            counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), len(x))
+            x = jnp.tile(x, (problem.bits, 1))
+        local = _local(problem, x, words)
+        if problem.activation_bits is None:
+            y = lax.psum(self.backend.matmul(local, x, words, scale, counts), self.axes)
         else:
-            sums = _sum_segments(local, limb_sums(local, x, bitlayers=counts), counts)
-            first = lax.axis_index(axes) * local.groups
-            sums, scale = lax.psum(
-                (_place(sums, 0, first, problem.groups), _place(scale, 1, first, problem.groups)), axes
-            )
-        y = epilogue.scale_groups(sums, scale, counts, problem.activation_bits)
-    return y.reshape(problem.bits, -1, y.shape[1]) if prefixes else y
+            limb_sums = functools.partial(self.backend.limb_sums or xla.limb_sums, words=words)
+            if problem.groups == 1:
+                sums = lax.psum(_segments_of_k(problem, local, self.axes, limb_sums, x, counts), self.axes)
+                sums = _sum_segments(problem, sums, counts)
+            else:
+                sums = _sum_segments(local, limb_sums(local, x, bitlayers=counts), counts)
+                first = lax.axis_index(self.axes) * local.groups
+                sums, scale = lax.psum(
+                    (_place(sums, 0, first, problem.groups), _place(scale, 1, first, problem.groups)), self.axes
+                )
+            y = epilogue.scale_groups(sums, scale, counts, problem.activation_bits)
+        return y.reshape(problem.bits, -1, y.shape[1]) if self.prefixes else y
 
 
 def _segments_of_k(
