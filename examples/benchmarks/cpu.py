@@ -46,7 +46,7 @@ PAUSE_S = 0.005
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the output; `read_fraction` is the rate at which the words used were read, over the machine's."""
+    """One line of the output; `read_gb_per_s` is the rate at which weights were read, from memory or from a cache."""
 
     date: str
     cpu: str
@@ -64,7 +64,7 @@ class Row:
     p20_us: float
     p80_us: float
     speedup_over_f32: float
-    read_fraction: float | None
+    read_gb_per_s: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def xla_methods(x: jax.Array, w: jax.Array) -> list[Method]:
     codes = jnp.rint(w / scale).astype(jnp.int8)
     narrow = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     return [
-        Method(name=name, version=jax.__version__, call=waited(*call))
+        Method(name=name, version=jax.__version__, call=waited(*call), read_bytes=call[2].nbytes)
         for name, call in {
             "XLA f32": (float_dot, x, w),
             "XLA bf16": (float_dot, *narrow),
@@ -241,7 +241,6 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
             method.call()
             times[i].append((time.perf_counter() - start) * 1e6)
     medians = {method.name: float(np.median(t)) for method, t in zip(methods, times, strict=True)}
-    read_rate = 4 * READ_WORDS / medians["read"]
     rows = []
     for method, t in zip(methods, times, strict=True):
         p20, median, p80 = (float(value) for value in np.percentile(t, (20, 50, 80)))
@@ -263,7 +262,7 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
                 p20_us=round(p20, 1),
                 p80_us=round(p80, 1),
                 speedup_over_f32=round(medians["XLA f32"] / median, 3),
-                read_fraction=method.read_bytes and round(method.read_bytes / median / read_rate, 3),
+                read_gb_per_s=method.read_bytes and round(method.read_bytes / median / 1e3, 1),
             )
         )
     return rows
@@ -272,14 +271,14 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
 def make_table(rows: Sequence[Row]) -> rich.table.Table:
     """Median times and ratios."""
     table = rich.table.Table(title="medians, and speed relative to XLA's float32 product (more is faster)")
-    for name in ("m", "k x n", "cache", "method", "bitlayers", "A", "ms", "speed", "of read rate"):
+    for name in ("m", "k x n", "cache", "method", "bitlayers", "A", "ms", "speed", "GB/s"):
         table.add_column(name, justify="right")
     for row in rows:
         width = ("float" if row.activation_bits is None else str(row.activation_bits)) if row.bitlayers else ""
         table.add_row(
             str(row.m), f"{row.k} x {row.n}", row.cache, row.method, str(row.bitlayers or ""), width,
             f"{row.median_us / 1e3:.3f}", f"{row.speedup_over_f32:.2f}",
-            "" if row.read_fraction is None else f"{row.read_fraction:.2f}",
+            "" if row.read_gb_per_s is None else f"{row.read_gb_per_s:.1f}",
         )  # fmt: skip
     return table
 
