@@ -23,6 +23,7 @@ import importlib.util
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,8 @@ def torch_methods(x: np.ndarray, w: np.ndarray, threads: int) -> list[Method]:
     torch.set_num_threads(threads)
     layer = torch.nn.Linear(w.shape[0], w.shape[1], bias=False)
     layer.weight.data = torch.from_numpy(np.array(w.T, order="C"))
-    dynamic = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear}, torch.qint8)
+    with warnings.catch_warnings(action="ignore"):  # that torchao, a package of its own, is to replace it
+        dynamic = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear}, torch.qint8)
     rows = torch.from_numpy(np.array(x))
 
     def call(module):
@@ -197,7 +199,7 @@ def onnx_methods(x: np.ndarray, w: np.ndarray, threads: int) -> list[Method]:
 
 
 def read_method(words: int, threads: int) -> Method:
-    """The largest of many int32, a part for each thread: NumPy finds it as fast as memory is read."""
+    """The largest of many int32, a part for each thread: a read of more memory than caches hold."""
     parts = np.array_split(np.random.default_rng(0).integers(0, 2**31, words, dtype=np.int32), threads)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     return Method(
