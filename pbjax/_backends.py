@@ -156,6 +156,7 @@ def select_backend(problem: Problem, backend: str | None = None, *, platform: st
       Name, reason, and what was rejected and why.
 
     Raises:
+      TypeError: `problem` is no `Problem`.
       ValueError: a name that is no backend.
       Unsupported: the backend chosen explicitly cannot run the problem.
 
@@ -164,6 +165,8 @@ def select_backend(problem: Problem, backend: str | None = None, *, platform: st
       >>> pbjax.select_backend(problem, platform="tpu").name
       'xla'
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"`problem` must be a `pbjax.Problem`, but got {problem!r}.")
     platform = platform or default_platform()
     named = _named(backend)
     if named is None:

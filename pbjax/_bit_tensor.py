@@ -114,6 +114,7 @@ class BitTensor:
 
     # What JAX, NumPy and Python ask for where an array is expected: without them, their own messages say less.
     __jax_array__ = __array__ = __getitem__ = __matmul__ = __rmatmul__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
 
     def __repr__(self) -> str:
         if not hasattr(self.words, "shape"):  # rebuilt around shardings, None, ...
@@ -225,6 +226,32 @@ def check_bitlayers(bitlayers: Any, bits: int, where: str) -> None:
                 f"`bitlayers` must lie in 1..{bits}, the bitlayers stored, but got {bitlayers} ({where}). "
                 "Use fewer, or quantize to more bits."
             )
+
+
+def checked(tensor: BitTensor, where: str) -> BitTensor:
+    """The tensor, or inside `jax.shard_map` the part of it that a device has; raises if it breaks its invariants."""
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        tensor = _shard(tensor)
+    check_bit_tensor(tensor, where)
+    return tensor
+
+
+def _shard(tensor: BitTensor) -> BitTensor:
+    """`packed_shape` as the leaves have it: `shard_map` cuts them, along k and n, and leaves static fields alone."""
+    num_words, n = tensor.words.shape[-2:]
+    shape = list(tensor.packed_shape)
+    for axes, parts, rest in (
+        (
+            tensor.contract_axes,
+            contract.num_words(tensor.k) // max(num_words, 1),
+            contract.num_words(tensor.k) % num_words,
+        ),
+        (tensor.output_axes, tensor.n // max(n, 1), tensor.n % n),
+    ):
+        first = next((axis for axis in axes if shape[axis] != 1), None)
+        if parts > 1 and not rest and first is not None and shape[first] % parts == 0:
+            shape[first] //= parts
+    return tensor.replace(packed_shape=tuple(shape))
 
 
 def check_bit_tensor(tensor: BitTensor, where: str) -> None:

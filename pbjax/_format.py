@@ -90,7 +90,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
     def add_position(t, words):
         code = lax.dynamic_index_in_dim(codes, t, axis=1, keepdims=False)
-        return words | (((code[None] >> shifts) & 1) << t.astype(jnp.uint32))
+        return words | (((code[None] >> shifts) & 1) << jnp.asarray(t).astype(jnp.uint32))
 
     words = varying_like(jnp.zeros((bits, num_words(k), n), jnp.uint32), codes)
     return lax.fori_loop(0, WORD_BITS, add_position, words)
@@ -184,4 +184,8 @@ def _group_reduce(reduce, value: jax.Array, group_size: int | None) -> jax.Array
 
 def _spread(value: jax.Array, k: int, group_size: int | None) -> jax.Array:
     """Repeats a value per group over its k: [groups, n] -> [k, n], or [1, n] for one group of all k."""
-    return value if group_size is None else jnp.repeat(value, group_size, axis=0)[:k]
+    if group_size is None:
+        return value
+    groups, n = value.shape
+    spread = jnp.broadcast_to(value[:, None], (groups, group_size, n))  # not `repeat`, which asks for a sharding
+    return spread.reshape(groups * group_size, n)[:k]

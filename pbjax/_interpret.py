@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from pallas_kernels._compat import varying_like
 from pbjax import _compat, _conv, _forward
 from pbjax._views import Concatenation, Flipped, View, Weight, is_weight
 
@@ -36,7 +37,7 @@ def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) 
     def flat(*arrays):
         full = list(leaves)
         for i, array in zip(dynamic, arrays, strict=True):
-            full[i] = array
+            full[i] = varying_like(array, jax.tree.leaves(leaves[i])[0]) if is_weight(leaves[i]) else array
         call_args, call_kwargs = jax.tree.unflatten(treedef, full)
         out_leaves, results["treedef"] = jax.tree.flatten(fn(*call_args, **call_kwargs))
         results["leaves"] = [None if _is_array(leaf) else leaf for leaf in out_leaves]
@@ -341,6 +342,8 @@ _RULES: dict[str, Rule] = {
     "stop_gradient": _identity,
     "optimization_barrier": _identity,
     "name": _identity,
+    "pvary": _identity,  # inside `jax.shard_map`: a product makes its operands vary alike by itself
+    "pcast": _identity,
     "concatenate": _concatenate,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import EllipsisType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +78,9 @@ def matmul(
     """
     if not isinstance(w, BitTensor):
         raise TypeError(f"`w` must be a BitTensor, but got {type(w).__name__}. Make one with `pbjax.quantize`.")
-    _bit_tensor.check_bit_tensor(w, "argument `w` of matmul")
+    w = _bit_tensor.checked(w, "argument `w` of matmul")
     x = _as_array(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise TypeError(f"`x` must be of a real floating dtype, but got {x.dtype}. Cast it first.")
     if w.stack_shape:
         raise ValueError(
@@ -98,7 +99,7 @@ def matmul(
     activation_bits = _checks.activation_bits(activation_bits, "argument of matmul")
     out_dtype = _result_dtype(preferred_element_type, x.dtype, w.dtype)
     m = math.prod(rows_shape)
-    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axes = _mesh_axes(axis_name)
     if axes:
         _check_shard(w, axes)
 
@@ -117,6 +118,17 @@ def matmul(
 
     counts = _row_counts(w.bitlayers if bitlayers is None else bitlayers, w.bits, rows_shape)
     return _partition.in_explicit_mesh(multiply, x, w, counts)
+
+
+def _mesh_axes(axis_name: Any) -> tuple[str, ...]:
+    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    known = jax.sharding.get_abstract_mesh().manual_axes
+    if not isinstance(axes, (tuple, list)) or not all(axis in known for axis in axes):
+        raise ValueError(
+            f"`axis_name` must name axes of the mesh of a `jax.shard_map` around the product, but got {axis_name!r} "
+            f"where these are {tuple(known)}. Outside of one, a product is cut as its weight is, by itself."
+        )
+    return tuple(axes)
 
 
 def _check_shard(w: BitTensor, axes: tuple[str, ...]) -> None:
@@ -139,7 +151,13 @@ def _as_array(x: ArrayLike) -> jax.Array:
 
 def _result_dtype(preferred: DTypeLike | None, x: np.dtype, w: np.dtype) -> np.dtype:
     if preferred is None:
-        return jnp.promote_types(x, w)
+        try:
+            return jnp.promote_types(x, w)
+        except jax.dtypes.TypePromotionError as error:
+            raise type(error)(
+                f"`x` and `w` must have dtypes that promote, but got {x} and {w}. Cast `x`, or give "
+                "`preferred_element_type`."
+            ) from error
     try:
         dtype = jnp.dtype(preferred)
     except TypeError:

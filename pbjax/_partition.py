@@ -42,7 +42,8 @@ def partitioned(backend: _backends.Backend, *, problem: contract.Problem, prefix
     if axes:
         whole = dataclasses.replace(problem, k=problem.k * lax.axis_size(axes))
         return _Shards(backend=backend, problem=whole, axes=axes, prefixes=prefixes).of_parts
-    if jax.sharding.get_abstract_mesh().manual_axes:  # inside `jax.shard_map` every device has a product of its own
+    # Inside `jax.shard_map` every device has a product of its own; without jit there is nothing to partition.
+    if jax.sharding.get_abstract_mesh().manual_axes or jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] dynamic
         return functools.partial(_of_rows, backend, problem, prefixes)
 
     def run(x, words, scale, counts):

@@ -63,8 +63,7 @@ def check_matches(argument: str, patterns: Patterns[Any], names: Iterable[str], 
         if not any(pattern.search(name) for name in names):
             some = ", ".join(names[:_NUM_NAMES]) + (f", and {len(names) - _NUM_NAMES} more" * (len(names) > _NUM_NAMES))
             raise ValueError(
-                f"`{argument}` must name {what} of the tree, but pattern {pattern.pattern!r} matches none of "
-                f"{some or 'none'}."
+                f"`{argument}` must name {what}, but pattern {pattern.pattern!r} matches none of {some or 'none'}."
             )
 
 

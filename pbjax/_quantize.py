@@ -47,8 +47,9 @@ def quantize(
 
     How a weight is used decides how it is packed. With `fn`, `fn(tree, *args)` is traced, without computing anything,
     and each weight is packed for the operation that consumes it. Without, a weight of rank 2 is taken as (in, out), and
-    of all others the last axis is taken as the output. A wrong guess costs speed, never correctness. For an NNX module
-    that is to be called as it stands, see `pbjax.nnx.quantize`, whose layers know how they use their weights.
+    of all others the last axis is taken as the output. Under `pbjax.quantized` a wrong guess costs speed, never
+    correctness. A stack of weights that is sliced or mapped outside of it needs `fn`, or a rule that names its `stack`.
+    For an NNX module that is to be called as it stands, see `pbjax.nnx.quantize`, whose layers know their weights.
 
     Args:
       tree: any pytree: Linen variables, an `nnx.State` or `nnx.Module`, dicts. BitTensors in it stay as they are.
@@ -92,23 +93,29 @@ def quantize(
     patterns = _specs.compile_rules(rules, widths)
     _check_functions(fn, args, select)
     names, leaves, treedef = _paths.named_leaves(tree)
-    _paths.check_matches("rules", patterns, names, "leaves")
+    _paths.check_matches("rules", patterns, names, "leaves of the tree")
     uses = [[]] * len(leaves) if fn is None else _uses.trace_uses(fn, tree, args)
     plans: dict[int, Plan] = {}
     for i, (name, leaf, leaf_uses) in enumerate(zip(names, leaves, uses, strict=True)):
         rule = _paths.first_match(patterns, name, ...)
-        if is_bit_tensor(leaf) or rule is None:
+        if is_bit_tensor(leaf):
+            _check_stored(name, leaf, rule)
+            continue
+        if rule is None:
             continue
         if rule is ...:
-            if not (select or functools.partial(_is_default, uses=leaf_uses))(name, leaf):
+            if not _is_selected(select, name, leaf, leaf_uses):
                 continue
             rule = Rule(widths=widths)
         plans[i] = _specs.plan(name, leaf, leaf_uses, rule)
     if not plans and not any(map(is_bit_tensor, leaves)):
+        default = "float arrays named `kernel` of rank 2 or more" + " and those that `fn` multiplies with" * (
+            fn is not None
+        )
+        advice = "name others with `rules` or `select`" + ", or give `fn` and `args`" * (fn is None)
         raise ValueError(
             f"`tree` must hold a weight to quantize, but none of its {len(leaves)} leaves was chosen. By default these "
-            "are arrays named `kernel` of rank 2 or more; name others with `rules` or `select`, or give `fn` and "
-            "`args`."
+            f"are {default}; {advice}."
         )
     for i in _track(plans, sum(leaves[i].nbytes for i in plans if hasattr(leaves[i], "nbytes")), progress):
         _check_finite(names[i], leaves[i])
@@ -228,7 +235,7 @@ def _numbers_per_leaf(bitlayers: Any, names: list[str], leaves: list[Any], treed
     if isinstance(bitlayers, Mapping) and not _same_structure(bitlayers, treedef):
         patterns = _paths.compile_patterns("bitlayers", bitlayers)
         tensors = (name for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf))
-        _paths.check_matches("bitlayers", patterns, tensors, "BitTensors")
+        _paths.check_matches("bitlayers", patterns, tensors, "BitTensors of the tree")
         return [_paths.first_match(patterns, name, None) for name in names]
     if not _same_structure(bitlayers, treedef):
         raise ValueError(
@@ -280,9 +287,26 @@ def _map_tensors(fn: Callable[[BitTensor, str], Any], tree: Any) -> Any:
     names, leaves, treedef = _paths.named_leaves(tree)
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if is_bit_tensor(leaf):
-            _bit_tensor.check_bit_tensor(leaf, name)
-            leaves[i] = fn(leaf, name)
+            leaves[i] = fn(_bit_tensor.checked(leaf, name), name)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _check_stored(name: str, tensor: BitTensor, rule: Any) -> None:
+    """Raises ValueError where a rule asks for a number of bits that a weight packed before does not have."""
+    if isinstance(rule, Rule) and rule.widths.bits != tensor.bits:
+        raise ValueError(
+            f"a rule must leave packed weights as they are, but asks for {rule.widths.bits} bits of {name}, which "
+            f"stores {tensor.bits}. Quantize the float weight, or take fewer with `pbjax.truncate`."
+        )
+
+
+def _is_selected(select: Callable[..., Any] | None, name: str, leaf: Any, uses: list[_uses.Use]) -> bool:
+    if select is None:
+        return _is_default(name, leaf, uses)
+    selected = select(name, leaf)
+    if not isinstance(selected, (bool, np.bool_)):
+        raise TypeError(f"`select` must return a bool, but got {type(selected).__name__} for {name}.")
+    return bool(selected)
 
 
 def _is_default(name: str, leaf: Any, uses: list[_uses.Use]) -> bool:
@@ -295,14 +319,24 @@ def _check_finite(name: str, leaf: Any) -> None:
     if not isinstance(leaf, np.ndarray) and not _specs.is_concrete(leaf):
         return
     with jax.ensure_compile_time_eval():  # a known value can be looked at inside a trace too
-        if not _all_finite(leaf):
-            kind = "a NaN" if jnp.isnan(jnp.asarray(leaf)).any() else "an infinity"
-            raise ValueError(f"a weight to quantize must be finite, but {name} holds {kind}.")
+        if _all_finite(leaf):
+            return
+        values = np.asarray(leaf).astype(np.float64)
+        kind = "a NaN" if np.isnan(values).any() else "an infinity" if np.isinf(values).any() else ""
+        kind = kind or f"{np.abs(values).max():g}, which float32 cannot hold"
+        raise ValueError(f"a weight to quantize must be finite, but {name} holds {kind}.")
+
+
+def _all_finite(leaf: np.ndarray | jax.Array) -> bool:
+    if isinstance(leaf, np.ndarray):
+        with np.errstate(over="ignore"):  # too large for float32, which is what is asked
+            return bool(np.isfinite(leaf.astype(np.float32)).all())
+    return bool(_all_finite_on_device(leaf))
 
 
 @jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+def _all_finite_on_device(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf.astype(jnp.float32)).all()
 
 
 def _track(plans: Mapping[int, Plan], num_bytes: int, progress: bool | None) -> Iterable[int]:

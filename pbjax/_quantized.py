@@ -10,7 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from pbjax import _bit_tensor, _interpret, _paths
+from pbjax import _bit_tensor, _checks, _interpret, _paths
+from pbjax._bit_tensor import is_bit_tensor
 from pbjax._packed import Dequantized, Log, Packed
 from pbjax._views import View, is_weight
 
@@ -35,7 +36,8 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
 
     Args:
       fn: any JAX function: `model.apply` of Linen, a function that merges and calls an NNX module, plain JAX.
-        Arguments that are no arrays (flags, names) reach it unchanged.
+        Arguments that are no arrays (flags, names) reach it unchanged. Weights have to be arguments: those that a
+        function closes over are not seen.
 
     Returns:
       A function of the same signature, which can be jitted, mapped and differentiated with respect to the other
@@ -48,6 +50,7 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
       >>> jax.jit(pbjax.quantized(model))(qparams, jnp.ones((1, 64))).shape
       (1, 64)
     """
+    _check_function(fn)
 
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -64,6 +67,22 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
         return result
 
     return wrapper
+
+
+def _check_function(fn: Any) -> None:
+    """Raises TypeError unless `fn` is a function, which its weights are arguments of."""
+    _checks.function("fn", fn, "argument of quantized")
+    if not isinstance(fn, type) and any(is_bit_tensor(leaf) for leaf in _leaves_of_module(fn)):
+        raise TypeError(
+            "`fn` must be a function that takes its weights as arguments, but got a module that holds BitTensors. Give "
+            "a function of the module, as `lambda module, x: module(x)`, or call what `pbjax.nnx.quantize` makes of it."
+        )
+    if hasattr(fn, "init") and hasattr(fn, "apply"):
+        raise TypeError("`fn` must be a function, but got a Linen module. Give its `apply`.")
+
+
+def _leaves_of_module(fn: Any) -> list[Any]:
+    return jax.tree.leaves(fn, is_leaf=is_bit_tensor) if not jax.tree_util.all_leaves([fn]) else []
 
 
 def run(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[T, list[Dequantized]]:
@@ -83,7 +102,7 @@ def _run_pure(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if _bit_tensor.is_bit_tensor(leaf):
             path = name.split("/", 2)[-1]  # without the position among the arguments
-            _bit_tensor.check_bit_tensor(leaf, path)
+            leaf = _bit_tensor.checked(leaf, path)
             leaves[i] = View.of(Packed(leaf, path, log), leaf.dtype)
     call_args, call_kwargs = jax.tree.unflatten(treedef, leaves)
     result = _interpret.call(fn, call_args, call_kwargs)

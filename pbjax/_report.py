@@ -126,7 +126,11 @@ def report(
     _bit_tensor.check_any(leaves)
     originals = [None] * len(leaves)
     if original is not None:
-        originals = jax.tree.leaves(original)
+        originals = jax.tree.leaves(original, is_leaf=is_bit_tensor)
+        if any(map(is_bit_tensor, originals)):
+            raise ValueError(
+                "`original` must hold the float weights, but has BitTensors. Give the tree before `quantize`."
+            )
         if len(originals) != len(leaves):
             raise ValueError(
                 f"`original` must have the structure of `tree`, but got {len(originals)} leaves against {len(leaves)}."

@@ -126,8 +126,12 @@ def _axes(name: str, axes: Any, where: str) -> tuple[int, ...] | None:
 
 def plan(name: str, leaf: Any, uses: list[_uses.Use], rule: Rule) -> Plan:
     """What a rule and the uses of a weight come to; raises with the weight's name where they do not fit."""
-    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
-        raise TypeError(f"a weight to quantize must be a float array, but {name} is {_describe(leaf)}.")
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize >= 2):
+        raise TypeError(
+            f"a weight to quantize must be a float array of 16 bits or more, but {name} is {_describe(leaf)}."
+        )
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(f"a weight to quantize must have values, but {name} has a shape only. Use `jax.eval_shape`.")
     rank = leaf.ndim
     layout = _uses.layout_of(leaf.shape, uses)
     if layout is None:  # Flax's convention: the last axis is the output

@@ -115,15 +115,17 @@ def quantize(
     if not variables:
         raise ValueError(
             "`model` must have a layer to put on bitlayers, but got none of "
-            f"{', '.join(sorted(layer.__name__ for layer in _COUNTERPARTS))}. "
-            "Weights outside of layers: use `pbjax.quantize` and `pbjax.quantized`."
+            f"{', '.join(sorted({layer.__name__ for layer in _COUNTERPARTS}))}, of Flax or pbjax. For subclasses of "
+            "them, and weights outside of layers, use `pbjax.quantize` and `pbjax.quantized`."
         )
     patterns = _paths.compile_patterns("rules", rules or {})
-    _paths.check_matches("rules", patterns, variables, "weights of layers")
+    _paths.check_matches("rules", patterns, variables, "weights")
     specs = {
         f"^{re.escape(name)}$": _with_axes(_paths.first_match(patterns, name, bits), spec)
         for name, spec in axes.items()
     }
+    if all(spec is None for spec in specs.values()):
+        raise ValueError(f"`rules` must leave a weight to quantize, but leave out all of {', '.join(axes)}.")
     packed = _quantize.quantize(
         {name: variable.get_raw_value() for name, variable in variables.items()},
         bits,

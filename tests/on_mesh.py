@@ -164,42 +164,45 @@ def shard_map():
         one = jax.jit(pbjax.matmul)(x, w)
         assert np.isnan(one[:2]).all()
         for k_axes, n_axes in ((None, "b"), ("b", None), (("a", "b"), None), ("a", "b")):
-            num_k = 1 if k_axes is None else 8 if k_axes == ("a", "b") else mesh.shape[k_axes]
-            shape = K // num_k, N // (mesh.shape[n_axes] if n_axes else 1)
-
-            def local(x, words, scale, bitlayers, shape=shape, k_axes=k_axes, w=w):
-                part = w.replace(words=words, scale=scale, bitlayers=bitlayers, packed_shape=shape)
-                return pbjax.matmul(x, part, axis_name=k_axes)
-
-            specs = P(None, k_axes), P(None, k_axes, n_axes), P(None, k_axes if group_size else None, n_axes), P()
+            local = functools.partial(pbjax.matmul, axis_name=k_axes)
+            scale = P(None, k_axes if group_size else None, n_axes)
+            specs = P(None, k_axes), w.replace(words=P(None, k_axes, n_axes), scale=scale, bitlayers=P())
             for check_vma in (True, False) if k_axes == "b" else (True,):
                 fn = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, n_axes), check_vma=check_vma)
-                y, found = collectives(fn, x, w.words, w.scale, w.bitlayers)
+                y, found = collectives(fn, x, w)
                 if activation_bits is None:  # a float sum in another order
                     assert np.all(np.abs(y - one)[2:] <= rounding_of_sum(x, w)[2:])
                     assert np.isnan(y[:2]).all()
                 else:
                     np.testing.assert_array_equal(y, one)
                 assert found == ({"all-reduce": 2} if k_axes else {}), (found, k_axes)
+    # An unmodified function on the part of each device, and on whole weights with the rows of each.
+    fn = pbjax.quantized(lambda x, w: jnp.tanh(x @ w) + 1)
+    w, x = weight(64), normal(8, K, seed=1)
+    one = jax.jit(fn)(x, w)
+    cut_n = w.replace(words=P(None, None, "b"), scale=P(None, None, "b"), bitlayers=P())
+    for specs, out in (((P(), cut_n), P(None, "b")), ((P("a"), P()), P("a"))):
+        y = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out))(x, w)
+        np.testing.assert_array_equal(y, one)
 
 
 def shard_map_gradients():
     """Through the check of what varies: of x that all devices have, and of each one's scales."""
     mesh, w, x, g = make_mesh(), weight(64), normal(3, K, seed=1), normal(3, N, seed=2)
 
-    def gradients(x, scale, words, bitlayers, g, axis_name=None, shape=(K, N)):
-        w_of = lambda s: w.replace(words=words, scale=s, bitlayers=bitlayers, packed_shape=shape)  # noqa: E731
+    def gradients(x, scale, words, bitlayers, g, axis_name=None):
+        w_of = lambda s: w.replace(words=words, scale=s, bitlayers=bitlayers)  # noqa: E731
         return jax.vjp(lambda x, s: pbjax.matmul(x, w_of(s), axis_name=axis_name), x, scale)[1](g)
 
     args = x, w.scale, w.words, w.bitlayers, g
     one = jax.jit(gradients)(*args)
     over_n = (
         (P(), P(None, None, "b"), P(None, None, "b"), P(), P(None, "b")),
-        functools.partial(gradients, shape=(K, N // 4)),
+        gradients,
     )
     over_k = (
         (P(None, "b"), P(None, "b"), P(None, "b"), P(), P()),
-        functools.partial(gradients, axis_name="b", shape=(K // 4, N)),
+        functools.partial(gradients, axis_name="b"),
     )
     for specs, fn in (over_n, over_k):
         got = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[:2]))(*args)
@@ -222,8 +225,6 @@ def quantize():
     for axis_type, group_size, (value, axes, spec, words, scale) in itertools.product(
         (AxisType.Auto, AxisType.Explicit), (None, 32), cases
     ):
-        if axis_type == AxisType.Explicit and group_size:
-            continue
         mesh = make_mesh(axis_type)
         rules = {"kernel": pbjax.Spec(stack=axes, contract=(len(axes),), group_size=group_size)}
         one = pbjax.quantize({"kernel": value}, 5, rules=rules)["kernel"]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 import pbjax
 from pbjax import _bit_tensor
@@ -35,6 +37,21 @@ MATMUL = {
         lambda: pbjax.matmul(None, W),
         TypeError,
         r"`x` must be an array, but got NoneType",
+    ),
+    "8-bit floats": (
+        lambda: pbjax.matmul(X.astype(jnp.float8_e4m3fn), W),
+        TypeError,
+        r"`x` must be of a real floating dtype, but got float8_e4m3fn",
+    ),
+    "axis outside of shard_map": (
+        lambda: pbjax.matmul(X, W, axis_name="k"),
+        ValueError,
+        r"`axis_name` must name axes of the mesh of a `jax\.shard_map` around .*, but got 'k' where these are \(\)",
+    ),
+    "axis that is no name": (
+        lambda: pbjax.matmul(X, W, axis_name=3),
+        ValueError,
+        r"`axis_name` must name axes of the mesh .* but got 3",
     ),
     "list of bitlayers": (
         lambda: pbjax.matmul(X, W, bitlayers=[1, 2]),
@@ -164,6 +181,11 @@ MATMUL = {
 }
 
 BACKENDS = {
+    "no problem": (
+        lambda: pbjax.select_backend(3),
+        TypeError,
+        r"`problem` must be a `pbjax\.Problem`, but got 3",
+    ),
     "argument": (
         lambda: pbjax.select_backend(PROBLEM, "numpy"),
         ValueError,
@@ -266,12 +288,30 @@ def test_message_of_the_environment_variable(monkeypatch):
         lambda: jnp.asarray(W),
         lambda: np.asarray(W),
         lambda: W[0],
+        lambda: W + 1,
+        lambda: 2 * W,
     ],
 )
 def test_a_weight_used_as_an_array_says_what_to_do(use):
     message = r"BitTensor\(.*\) cannot be used as an array\. Run the function .* through `pbjax\.quantized`, multiply"
     with pytest.raises(TypeError, match=message):
         use()
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (3, r"`fn` must be a function, but got 3"),
+        (nn.Dense(3), r"`fn` must be a function, but got a Linen module\. Give its `apply`"),
+        (
+            nnx.Sequential(pbjax.quantize(nnx.Linear(40, 3, rngs=nnx.Rngs(0)), 4)),
+            r"`fn` must be a function that takes its weights as arguments, but got a module that holds BitTensors",
+        ),
+    ],
+)
+def test_quantized_takes_functions_of_weights(fn, message):
+    with pytest.raises(TypeError, match=message):
+        pbjax.quantized(fn)
 
 
 def test_what_is_right_passes():

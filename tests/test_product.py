@@ -303,6 +303,19 @@ def test_zero_and_empty_rows_have_zero_codes():
     assert quantize_rows(np.zeros((0, 4), np.float32), 16)[0].shape == (0, 4)
 
 
+@each_backend
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("largest", [2.0**-90, 2.0**100, 2.0**124])
+def test_float_rows_of_any_size(largest, m, backend):
+    """Nothing on the way overflows where the result does not; only the roundings differ from those of small rows."""
+    case = Case(bits=8, bitlayers=8, m=m, k=64, n=5, activation_bits=None)
+    given = operands(case)
+    x = np.random.default_rng(1).standard_normal((m, case.k)).astype(np.float32) / 64
+    run = compiled(backend, case.problem)
+    y, small = (run(x * np.float32(size), given.words, given.scale, given.counts) for size in (largest, 1))
+    np.testing.assert_array_equal(np.asarray(y) / np.float32(largest), small)
+
+
 # `pbjax.matmul`.
 
 

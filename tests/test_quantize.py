@@ -393,12 +393,12 @@ def test_report_without_the_original():
         (ValueError, r"must hold a weight to quantize, but none of its 0 leaves", lambda: pbjax.quantize({}, 8)),
         (
             TypeError,
-            r"must be a float array, but ints is int32\[4, 4\]",
+            r"must be a float array of 16 bits or more, but ints is int32\[4, 4\]",
             lambda: pbjax.quantize({"ints": jnp.eye(4, dtype=jnp.int32)}, 8, rules={"ints": 8}),
         ),
         (
             TypeError,
-            r"must be a float array, but name is 'text'",
+            r"must be a float array of 16 bits or more, but name is 'text'",
             lambda: pbjax.quantize({"name": "text"}, 8, rules={"name": 8}),
         ),
         (
@@ -502,6 +502,36 @@ def test_report_without_the_original():
             r"`stack` must be a tuple of axes, but got \('a',\)",
             lambda: pbjax.quantize(PARAMS, 8, rules={"kernel": pbjax.Spec(stack=("a",))}),
         ),
+        (
+            TypeError,
+            r"must be a float array of 16 bits or more, but kernel is float8_e4m3fn\[4, 4\]",
+            lambda: pbjax.quantize({"kernel": jnp.ones((4, 4), jnp.float8_e4m3fn)}, 8),
+        ),
+        (
+            TypeError,
+            r"must have values, but kernel has a shape only\. Use `jax\.eval_shape`",
+            lambda: pbjax.quantize({"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, 8),
+        ),
+        (
+            ValueError,
+            r"must be finite, but kernel holds 1e\+300, which float32 cannot hold",
+            lambda: pbjax.quantize({"kernel": np.full((4, 4), 1e300)}, 8),
+        ),
+        (
+            TypeError,
+            r"`select` must return a bool, but got \w+ for params/Dense_0",
+            lambda: pbjax.quantize(PARAMS, 8, select=lambda path, leaf: leaf > 0),
+        ),
+        (
+            ValueError,
+            r"asks for 8 bits of params/Dense_0/kernel, which stores 4\. .*`pbjax\.truncate`",
+            lambda: pbjax.quantize(pbjax.quantize(PARAMS, 4), 8, rules={"kernel": 8}),
+        ),
+        (
+            ValueError,
+            r"`original` must hold the float weights, but has BitTensors",
+            lambda: pbjax.report(pbjax.quantize(PARAMS, 8), pbjax.quantize(PARAMS, 8)),
+        ),
         (TypeError, r"`args` must be a tuple, but got int", lambda: pbjax.quantize(PARAMS, 8, fn=len, args=3)),
         (ValueError, r"`args` must come with `fn`", lambda: pbjax.quantize(PARAMS, 8, args=(3,))),
         (TypeError, r"`fn` must be a function, but got 3", lambda: pbjax.quantize(PARAMS, 8, fn=3)),
@@ -539,3 +569,14 @@ def test_numpy_integers_are_integers():
     ]
     assert tensors
     assert all(type(v) is int for t in tensors for v in (t.bits, t.group_size, t.activation_bits))
+
+
+def test_without_jit():
+    """`jax.disable_jit` is for looking into things: the same words, and the same bits of a product."""
+    kernel, x = np.arange(15, dtype=np.float32).reshape(5, 3) - 7, np.ones((2, 5), np.float32)
+    expected = pbjax.quantize({"kernel": kernel}, 3)["kernel"]
+    y = pbjax.matmul(x, expected)
+    with jax.disable_jit():
+        w = pbjax.quantize({"kernel": kernel}, 3)["kernel"]
+        np.testing.assert_array_equal(w.words, expected.words)
+        np.testing.assert_array_equal(pbjax.matmul(x, w), y)

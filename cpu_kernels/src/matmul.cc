@@ -223,9 +223,15 @@ class Product {
       } else {
         float* values = panel.values + row * padded_k_;
         std::fill(values + problem_.k, values + padded_k_, 0.0f);
-        std::copy(x, x + problem_.k, values);
-        for (int64_t i = 0; i < problem_.k; ++i) finite = finite & (std::abs(x[i]) <= std::numeric_limits<float>::max());
-        if (!finite) std::fill(values, values + problem_.k, 0.0f);
+        bool large = false;
+        for (int64_t i = 0; i < problem_.k; ++i) {
+          finite = finite & (std::abs(x[i]) <= std::numeric_limits<float>::max());
+          large = large | (std::abs(x[i]) >= 0x1p64f);
+        }
+        // Kernels may sum up to 2**31 times the row, so rows of large values are scaled down, exactly.
+        if (finite && large) panel.unit[row] = 0x1p64f;
+        const float factor = finite ? 1.0f / panel.unit[row] : 0.0f;
+        for (int64_t i = 0; i < problem_.k; ++i) values[i] = finite ? x[i] * factor : 0.0f;
       }
     }
     panel.poison[row] = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
