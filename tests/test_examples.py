@@ -129,7 +129,7 @@ class TestUnmodifiedModel:
 def write_idx(path: Path, values: np.ndarray) -> None:
     header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
     content = header + values.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ class TestMnist:
                 "in 0..9, but got 10",
             ),
             ("train-images-idx3-ubyte.gz", b"plain", "must be a gzip file"),
-            ("train-images-idx3-ubyte.gz", gzip.compress(bytes(1000))[:20], "must be a gzip file"),
+            ("train-images-idx3-ubyte.gz", gzip.compress(bytes(1000), mtime=0)[:20], "must be a gzip file"),
         ],
     )
     def test_refuses_file(self, digits, mnist, name, content, message, capsys):
