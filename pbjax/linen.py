@@ -17,7 +17,6 @@ way its layer uses it; without `fn` that holds for kernels whose last axis is th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,6 @@ from flax.core import DenyList, lift
 
 from pbjax import _quantized
 from pbjax._bit_tensor import is_bit_tensor
-from pbjax._packed import Dequantized
 
 __all__ = [
     "Conv",
@@ -84,28 +82,29 @@ def _call_quantized(
     The method runs on a copy of the module in a scope that holds the same variables and draws the same random numbers.
     What it writes (caches, sown values) is put into the variables of the module.
     """
+    path = module.path
 
-    def lifted(scope_fn, repack_fn, variables, rngs):
-        def run(inputs):
-            scope = scope_fn(inputs["variables"], inputs["rngs"])
-            copy = module.copy(parent=scope, name=module.name)
-            return method(copy, *inputs["args"], **inputs["kwargs"]), repack_fn(scope)
+    def lifted(scope_fn, repack_fn, groups, rngs):
+        def run(tree, rngs, args, kwargs):
+            scope = scope_fn((({collection: _below(path, tree[collection]) for collection in tree},),), rngs)
+            return method(module.copy(parent=scope, name=module.name), *args, **kwargs), repack_fn(scope)
 
-        inputs = {"variables": variables, "rngs": rngs, "args": args, "kwargs": kwargs}
-        result, dequantized = _quantized.run(run, (inputs,), {})
-        _quantized.warn_of(type(module).__name__, [_named_from_the_root(entry, module.path) for entry in dequantized])
+        ((variables,),) = groups  # those that one filter takes of one scope
+        tree = {collection: _at(path, variables[collection]) for collection in variables}
+        result, dequantized = _quantized.run(run, (tree, rngs, args, kwargs), {})
+        _quantized.warn_of(type(module).__name__, dequantized)
         return result
 
     return lift.pack(lifted, (True,), (DenyList("params"),), (True,))(module.scope)
 
 
-def _named_from_the_root(entry: Dequantized, path: tuple[str, ...]) -> Dequantized:
-    """`params/kernel` of the layer at `blocks/dense` is `params/blocks/dense/kernel`."""
-    kind, *names = entry.path.split("/")
-    if kind != "variables":
-        return entry
-    _, _, collection, *names = names  # after the numbers of the filter and of the scope, of which there is one each
-    return dataclasses.replace(entry, path="/".join((collection, *path, *names)))
+def _at(path: tuple[str, ...], variables: Any) -> Any:
+    """A tree with the variables at a path, so that messages name them from the root."""
+    return functools.reduce(lambda tree, name: {name: tree}, reversed(path), variables)
+
+
+def _below(path: tuple[str, ...], tree: Any) -> Any:
+    return functools.reduce(lambda tree, name: tree[name], path, tree)
 
 
 class Dense(_OnBitlayers, nn.Dense):
