@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> tuple[np.ndarray, bool]:
         of = price == i
         table.add_row(str(bitlayers), str(of.sum()), f"{right[of].mean():.1%}", f"{sure[of].mean():.2f}")
     rich.console.Console().print(table)
-    figure = matplotlib.figure.Figure(figsize=(8, 3), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 3), layout="constrained")
     for i, (axes, bitlayers) in enumerate(zip(figure.subplots(1, 4, sharey=True), PRICES, strict=True)):
-        axes.hist([sure[(price == i) & right], sure[(price == i) & ~right]], np.linspace(0, 1, 21), stacked=True)
-        axes.set(title=f"bitlayers: {bitlayers}", yscale="log")
-    figure.supxlabel("probability of the answer (height: requests)")
+        axes.hist([sure[(price == i) & each] for each in (right, ~right)], np.linspace(0, 1, 11))  # side by side
+        axes.set(title=f"bitlayers: {bitlayers}", yscale="log", ylim=(0.5, 1000), ylabel="" if i else "requests")
+    figure.supxlabel("probability of the answer")
     figure.legend(["right", "wrong"], loc="outside right upper")
     figure.savefig(output, dpi=150)
     print(f"mixed batch equals requests alone: {(answers[:BATCH] == alone).all()}; wrote {output}")

@@ -288,12 +288,15 @@ def _remat(eqn: Any, values: Values) -> Values | None:
     return _merge(run(*values), kept)
 
 
+_SCAN_NOT_STACKED = "scan over an axis that is not stacked"
+
+
 def _scan(eqn: Any, values: Values) -> Values | None:
     params, kept = eqn.params, _kept(eqn, values)
     consts, carry, xs = _compat.split_scan_operands(params, values)
     carried = kept[: len(carry)]
     carry = _arrays(carry, carried, "carry of scan")
-    xs = [_to_array(x, "scan over an axis that is not stacked") if is_weight(x) and not x.is_stacked else x for x in xs]
+    xs = [_to_array(x, _SCAN_NOT_STACKED) if is_weight(x) and not x.is_stacked else x for x in xs]
 
     def body(carry, xs):
         layer = [x.next_layer() if is_weight(x) else x for x in xs]
@@ -359,4 +362,19 @@ _RULES: dict[str, Rule] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+}
+
+# Which axes are packed into k, and which are stacked, decides whether the rules of these apply.
+DEPENDS_ON_PACKING = {
+    "transpose",
+    "reshape",
+    "squeeze",
+    "broadcast_in_dim",
+    "slice",
+    "dynamic_slice",
+    "split",
+    "gather",
+    "dot_general",
+    "conv_general_dilated",
+    _SCAN_NOT_STACKED,
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -17,6 +18,8 @@ from pbjax._views import View, is_weight
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_LIBRARIES = {"pbjax", "jax", "flax", "contextlib"}  # whose lines lie between a layer and the code that calls it
 
 
 class DequantizedWarning(UserWarning):
@@ -55,15 +58,7 @@ def quantized(fn: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         result, dequantized = run(fn, args, kwargs)
-        if dequantized:
-            listing = ", ".join(f"{entry.path} ({entry.primitive})" for entry in dequantized)
-            warnings.warn(
-                f"{getattr(fn, '__name__', 'the function')} runs these weights as floats, because the operation in "
-                f"brackets has no form on bitlayers, at least not as the weight is packed: {listing}. "
-                "`pbjax.quantize` with `fn` and `args` packs each weight for its use.",
-                DequantizedWarning,
-                stacklevel=2,
-            )
+        warn_of(getattr(fn, "__name__", "the function"), dequantized)
         return result
 
     return wrapper
@@ -83,6 +78,32 @@ def _check_function(fn: Any) -> None:
 
 def _leaves_of_module(fn: Any) -> list[Any]:
     return jax.tree.leaves(fn, is_leaf=is_bit_tensor) if not jax.tree_util.all_leaves([fn]) else []
+
+
+def warn_of(name: str, dequantized: Sequence[Dequantized]) -> None:
+    """The `DequantizedWarning` of a function or layer, if there is anything to warn of, at the line that called it."""
+    if not dequantized:
+        return
+    listing = ", ".join(f"{entry.path} ({entry.primitive})" for entry in dequantized)
+    message = f"{name} runs these weights as floats, because the operation in brackets has no form on bitlayers"
+    if any(entry.primitive in _interpret.DEPENDS_ON_PACKING for entry in dequantized):
+        message += (
+            f", at least not as the weight is packed: {listing}. "
+            "`pbjax.quantize` with `fn` and `args` packs each weight for its use."
+        )
+    else:
+        message += f": {listing}."
+    warnings.warn(message, DequantizedWarning, stacklevel=_stacklevel_of_the_caller())
+
+
+def _stacklevel_of_the_caller() -> int:
+    """Counted from the function that asks: how far up the first line outside of pbjax, JAX and Flax is."""
+    level = 0
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        level += 1
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+            break
+    return level
 
 
 def run(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[T, list[Dequantized]]:

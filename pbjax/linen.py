@@ -1,7 +1,8 @@
 """Flax Linen layers that take float kernels or BitTensors under the same names.
 
 Each is Flax's own layer with one addition: where its parameters hold BitTensors, it runs through `pbjax.quantized`, so
-its result is that of the unmodified layer under `quantized`, bit for bit. They serve models that are called without
+its result is that of the unmodified layer under `quantized`, bit for bit. Random numbers, interceptors, captured
+intermediates and what a layer writes are those of Flax's layer too. They serve models that are called without
 `quantized`, or initialized and trained as they are and quantized later. Cells run under `flax.linen.RNN` and
 `flax.linen.Bidirectional`, and all of them under Flax's lifted transforms.
 
@@ -22,11 +23,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import DenyList
-from flax.core.scope import intersect_filters
+from flax.core import DenyList, lift
 
+from pbjax import _quantized
 from pbjax._bit_tensor import is_bit_tensor
-from pbjax._quantized import quantized
 
 __all__ = [
     "Conv",
@@ -51,40 +51,60 @@ class _OnBitlayers:
     """First base of each layer: sends its calls through `quantized` where its parameters hold BitTensors."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         for name in ("__call__", "attend"):
             if hasattr(cls, name):
-                setattr(cls, name, _on_bitlayers(name, getattr(cls, name)))
-        super().__init_subclass__(**kwargs)
+                setattr(cls, name, _on_bitlayers(getattr(cls, name)))
 
 
-def _on_bitlayers(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method, updated=())  # without the mark of a compact method: Flax's own method carries it
+def _on_bitlayers(method: Callable[..., Any]) -> Callable[..., Any]:
+    # `wraps` hands on Flax's mark of a method that is wrapped already, so interceptors see `method` and not `call` too.
+    @functools.wraps(method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not _holds_bit_tensors(self):
             return method(self, *args, **kwargs)
-        return _apply_quantized(self, name, args, kwargs)
+        return _call_quantized(method, self, args, kwargs)
 
     return call
 
 
 def _holds_bit_tensors(module: nn.Module) -> bool:
-    return any(map(is_bit_tensor, jax.tree.leaves(module.variables, is_leaf=is_bit_tensor)))
+    return module.scope is not None and any(
+        map(is_bit_tensor, jax.tree.leaves(module.variables, is_leaf=is_bit_tensor))
+    )
 
 
-def _apply_quantized(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The layer on BitTensors: a copy of it, without a parent, applied to its variables under `quantized`.
+def _call_quantized(
+    method: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """method(module, *args, **kwargs) under `quantized`, which is made a lifted transform of Flax by this.
 
-    What the copy writes (caches, sown values) is put into the layer's own variables.
+    The method runs on a copy of the module in a scope that holds the same variables and draws the same random numbers.
+    What it writes (caches, sown values) is put into the variables of the module.
     """
-    assert module.scope is not None, "a module without variables holds no BitTensors"
-    mutable = intersect_filters(module.scope.mutable, DenyList("params"))
-    rngs = {name: module.make_rng(name) for name in module.scope.rngs}
-    apply = quantized(module.clone(parent=None, name=None).apply)
-    result, state = apply(module.variables, *args, rngs=rngs, mutable=mutable or [], method=method, **kwargs)
-    for collection, variables in state.items():
-        for name, value in variables.items():
-            module.put_variable(collection, name, value)
-    return result
+    path = module.path
+
+    def lifted(scope_fn, repack_fn, groups, rngs):
+        def run(tree, rngs, args, kwargs):
+            scope = scope_fn((({collection: _below(path, tree[collection]) for collection in tree},),), rngs)
+            return method(module.copy(parent=scope, name=module.name), *args, **kwargs), repack_fn(scope)
+
+        ((variables,),) = groups  # those that one filter takes of one scope
+        tree = {collection: _at(path, variables[collection]) for collection in variables}
+        result, dequantized = _quantized.run(run, (tree, rngs, args, kwargs), {})
+        _quantized.warn_of(type(module).__name__, dequantized)
+        return result
+
+    return lift.pack(lifted, (True,), (DenyList("params"),), (True,))(module.scope)
+
+
+def _at(path: tuple[str, ...], variables: Any) -> Any:
+    """A tree with the variables at a path, so that messages name them from the root."""
+    return functools.reduce(lambda tree, name: {name: tree}, reversed(path), variables)
+
+
+def _below(path: tuple[str, ...], tree: Any) -> Any:
+    return functools.reduce(lambda tree, name: tree[name], path, tree)
 
 
 class Dense(_OnBitlayers, nn.Dense):
@@ -120,8 +140,9 @@ class Embed(_OnBitlayers, nn.Embed):
     A look-up unpacks the rows that it looks up and no others.
     """
 
+    @nn.nowrap  # interceptors see Flax's own, once
     def setup(self) -> None:
-        """Makes the parameter. A BitTensor is none that Linen could check: the copy under `quantized` does it then."""
+        """Makes the parameter. A BitTensor is none that Linen could check: that is done under `quantized`."""
         if not _holds_bit_tensors(self):
             super().setup()
 

@@ -27,9 +27,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from pbjax import _paths, _quantize
+from pbjax import _paths, _quantize, _quantized
 from pbjax._bit_tensor import is_bit_tensor
-from pbjax._quantized import quantized
 from pbjax._specs import Spec
 
 __all__ = [
@@ -207,8 +206,11 @@ def _layer(cls: type[M]) -> type[M]:
 def _on_bitlayers(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        run = quantized(method) if _holds_bit_tensors(self) else method
-        return run(self, *args, **kwargs)
+        if not _holds_bit_tensors(self):
+            return method(self, *args, **kwargs)
+        result, dequantized = _quantized.run(method, (self, *args), kwargs)
+        _quantized.warn_of(type(self).__name__, dequantized)  # a layer of NNX does not know where it stands
+        return result
 
     return call
 
