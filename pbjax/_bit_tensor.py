@@ -240,17 +240,12 @@ def _shard(tensor: BitTensor) -> BitTensor:
     """`packed_shape` as the leaves have it: `shard_map` cuts them, along k and n, and leaves static fields alone."""
     num_words, n = tensor.words.shape[-2:]
     shape = list(tensor.packed_shape)
-    for axes, parts, rest in (
-        (
-            tensor.contract_axes,
-            contract.num_words(tensor.k) // max(num_words, 1),
-            contract.num_words(tensor.k) % num_words,
-        ),
-        (tensor.output_axes, tensor.n // max(n, 1), tensor.n % n),
-    ):
+    whole = (tensor.contract_axes, contract.num_words(tensor.k), num_words), (tensor.output_axes, tensor.n, n)
+    for axes, size, part in whole:
+        num_parts, rest = divmod(size, max(part, 1))
         first = next((axis for axis in axes if shape[axis] != 1), None)
-        if parts > 1 and not rest and first is not None and shape[first] % parts == 0:
-            shape[first] //= parts
+        if num_parts > 1 and not rest and first is not None and shape[first] % num_parts == 0:
+            shape[first] //= num_parts
     return tensor.replace(packed_shape=tuple(shape))
 
 
