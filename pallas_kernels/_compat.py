@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 JAX_VERSION = jax.__version__  # what measurements are stored with
 
@@ -33,6 +36,18 @@ def varying_over(tree: T, axes: frozenset[str]) -> T:
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(mark, tree) if axes else tree
+
+
+def array_type(shape: tuple[int, ...], dtype: DTypeLike, *, like: Any) -> Any:
+    """The type of an array that is not cut, and varies over axes of `jax.shard_map` as one of type `like` does."""
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*(None for _ in shape)))
+    return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def lowering_target(ctx: Any) -> tuple[tuple[str, ...], bool]:
+    """The platforms that a rule lowers for, "cpu" or "cuda" among them, and whether for `jax.export`."""
+    module = ctx.module_context
+    return tuple(ctx.platforms or module.platforms), module.lowering_parameters.for_export
 
 
 def triton_call(

@@ -40,6 +40,7 @@ class Backend:
       slow: the reason why automatic choice passes it over on this machine, or None; asked while tracing.
       whole: its functions take rows of floats as they come and do all of the product: they quantize the rows, multiply
         by their steps, and poison those that are not finite.
+      exportable: a program of `jax.export` with it runs where there is no pbjax.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Backend:
     automatic: str | None = None
     slow: Callable[[], str | None] = lambda: None
     whole: bool = False
+    exportable: bool = True
 
     def unavailable(self, platform: str) -> str | None:
         """Why it cannot run anything here on a platform, or None."""
@@ -78,8 +80,13 @@ def _backend(name: str, module: ModuleType, **options: Any) -> Backend:
 def default_platform() -> str:
     """The platform that JAX lowers for where nothing says otherwise."""
     device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue] dynamic
-    if isinstance(device, str) or device.platform != "gpu":
-        return str(getattr(device, "platform", device))
+    return device if isinstance(device, str) else platform_of(device)
+
+
+def platform_of(device: Any) -> str:
+    """The platform that JAX lowers for where arrays lie on this `jax.Device`: "cpu", "cuda", "rocm", "tpu"."""
+    if device.platform != "gpu":
+        return device.platform
     return "rocm" if "gfx" in str(getattr(device, "compute_capability", "")) else "cuda"
 
 
@@ -117,7 +124,7 @@ BACKENDS = {
             platforms=("cuda",),
             automatic=_UNPROVEN,
         ),
-        _backend("cpu", cpu, missing=cpu.missing, platforms=("cpu",), slow=cpu.slow, whole=True),
+        _backend("cpu", cpu, missing=cpu.missing, platforms=("cpu",), slow=cpu.slow, whole=True, exportable=False),
         _backend("xla", xla),
         _backend("reference", reference, automatic="it is the oracle, written to be read and not to be fast"),
     )
@@ -214,6 +221,11 @@ class Choice:
 
     backend: Backend
     by_platform: tuple[tuple[str, Backend], ...] = ()
+
+    def on(self, platform: str, *, exported: bool = False) -> Backend:
+        """What runs on a platform; in an export nothing that needs pbjax there, unless it was named."""
+        found = dict(self.by_platform).get(platform, self.backend)
+        return self.backend if exported and not found.exportable else found
 
 
 def choose(problem: Problem, backend: str | None) -> Choice:

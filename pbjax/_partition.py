@@ -28,33 +28,34 @@ from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import contract, epilogue, xla
 from pbjax import _backends
 from pbjax._bit_tensor import BitTensor
+from pbjax._lowering import run_chosen
 from pbjax._rows import on_codes
 from pbjax._sharding import Axes, axes_of, check_cut
 
 Run = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def partitioned(backend: _backends.Backend, *, problem: contract.Problem, prefixes: bool, axes: Axes) -> Run:
+def partitioned(choice: _backends.Choice, *, problem: contract.Problem, prefixes: bool, axes: Axes) -> Run:
     """The product, or all of its prefixes, of (x, words, scale, counts), cut as these are sharded; x: float[m, k].
 
     With `axes` the operands are those of one device inside `jax.shard_map`, which has a part of k.
     """
     if axes:
         whole = dataclasses.replace(problem, k=problem.k * lax.axis_size(axes))
-        return _Shards(backend=backend, problem=whole, axes=axes, prefixes=prefixes).of_parts
+        return _Shards(choice=choice, problem=whole, axes=axes, prefixes=prefixes).of_parts
     # Inside `jax.shard_map` every device has a product of its own; without jit there is nothing to partition.
     if jax.sharding.get_abstract_mesh().manual_axes or jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] dynamic
-        return functools.partial(_of_rows, backend, problem, prefixes)
+        return functools.partial(_of_rows, choice, problem, prefixes)
 
     def run(x, words, scale, counts):
         x = jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))  # 32 of k for each word
-        return _with_rule(backend, problem, prefixes)(x, words, scale, counts)
+        return _with_rule(choice, problem, prefixes)(x, words, scale, counts)
 
     return run
 
 
 def _of_rows(
-    backend: _backends.Backend,
+    choice: _backends.Choice,
     problem: contract.Problem,
     prefixes: bool,
     x: jax.Array,
@@ -63,10 +64,25 @@ def _of_rows(
     counts: jax.Array,
 ) -> jax.Array:
     """The product on a device that has all of k."""
-    run = functools.partial(backend.prefixes if prefixes else backend.matmul, _local(problem, x, words))
-    if backend.whole:
-        return run(x, words, scale, counts)
-    return on_codes(lambda codes: run(codes, words, scale, counts), x, problem.activation_bits)
+    local = _local(problem, x, words)
+
+    def implementation(backend):
+        run = functools.partial(backend.prefixes if prefixes else backend.matmul, local)
+        if backend.whole:
+            return run
+        return lambda x, *weight: on_codes(lambda codes: run(codes, *weight), x, problem.activation_bits)
+
+    shape = (local.bits,) * prefixes + (local.m, local.n)
+    return run_chosen(choice, implementation, (x, words, scale, counts), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _limb_sums(
+    choice: _backends.Choice, problem: contract.Problem, x: jax.Array, words: jax.Array, counts: jax.Array
+) -> jax.Array:
+    """The integers of a fixed-point product. int32[segments, activation limbs, code limbs, m, n]."""
+    shape = (len(problem.segments), problem.activation_limbs, len(problem.code_limbs), problem.m, problem.n)
+    implementation = lambda backend: functools.partial(backend.limb_sums or xla.limb_sums, problem)  # noqa: E731
+    return run_chosen(choice, implementation, (x, words, counts), jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
 def _local(problem: contract.Problem, x: jax.Array, words: jax.Array) -> contract.Problem:
@@ -75,8 +91,8 @@ def _local(problem: contract.Problem, x: jax.Array, words: jax.Array) -> contrac
 
 
 @functools.cache
-def _with_rule(backend: _backends.Backend, problem: contract.Problem, prefixes: bool) -> Run:
-    run = functools.partial(_of_rows, backend, problem, prefixes)
+def _with_rule(choice: _backends.Choice, problem: contract.Problem, prefixes: bool) -> Run:
+    run = functools.partial(_of_rows, choice, problem, prefixes)
 
     def partition(mesh, arg_shapes, result_shape):
         del result_shape
@@ -94,7 +110,7 @@ def _with_rule(backend: _backends.Backend, problem: contract.Problem, prefixes: 
         if k_axes:
             num_shards = math.prod(mesh.shape[axis] for axis in k_axes)
             check_cut("`w`, cut over k", problem.num_words * contract.WORD_BITS, problem.group_size, num_shards)
-            shards = _Shards(backend=backend, problem=problem, axes=k_axes, prefixes=prefixes)
+            shards = _Shards(choice=choice, problem=problem, axes=k_axes, prefixes=prefixes)
             fn = shards.of_parts if x_cut_alike else shards.of_rows
         return mesh, fn, put(None, rows, n_axes) if prefixes else put(rows, n_axes), operands
 
@@ -109,8 +125,7 @@ def _with_rule(backend: _backends.Backend, problem: contract.Problem, prefixes: 
         words_k = "(g w)"
         sizes["w"] = problem.words_per_group
     counts, result = ("", "b m n") if prefixes else ("m", "m n")
-    # Inside jit the constants of a backend are its own: `custom_partitioning` takes no function that has some.
-    fn = custom_partitioning(jax.jit(lambda x, words, scale, counts: run(x, words, scale, counts)))
+    fn = custom_partitioning(lambda x, words, scale, counts: run(x, words, scale, counts))
     fn.def_partition(
         partition=partition,
         sharding_rule=f"m k, i {words_k} n, s g n, {counts} -> {result}",
@@ -154,13 +169,13 @@ class _Shards:
     """A product whose k lies in equal parts on several devices; each runs its part, and has the whole result.
 
     Attributes:
-      backend: what runs each part. Without `limb_sums`, those of `xla` are taken for fixed-point activations.
+      choice: what runs each part.
       problem: the whole problem; m and n are read off the operands.
       axes: the mesh axes that cut k.
       prefixes: whether to return the product at every number of bitlayers; `counts` is not looked at then.
     """
 
-    backend: _backends.Backend
+    choice: _backends.Choice
     problem: contract.Problem
     axes: Axes
     prefixes: bool
@@ -198,14 +213,14 @@ class _Shards:
             x = jnp.tile(x, (problem.bits, 1))
         local = _local(problem, x, words)
         if problem.activation_bits is None:
-            y = lax.psum(self.backend.matmul(local, x, words, scale, counts), self.axes)
+            y = lax.psum(_of_rows(self.choice, local, False, x, words, scale, counts), self.axes)
         else:
-            limb_sums = functools.partial(self.backend.limb_sums or xla.limb_sums, words=words)
+            limb_sums = functools.partial(_limb_sums, self.choice, words=words)
             if problem.groups == 1:
                 sums = lax.psum(_segments_of_k(problem, local, self.axes, limb_sums, x, counts), self.axes)
                 sums = _sum_segments(problem, sums, counts)
             else:
-                sums = _sum_segments(local, limb_sums(local, x, bitlayers=counts), counts)
+                sums = _sum_segments(local, limb_sums(local, x, counts=counts), counts)
                 first = lax.axis_index(self.axes) * local.groups
                 sums, scale = lax.psum(
                     (_place(sums, 0, first, problem.groups), _place(scale, 1, first, problem.groups)), self.axes
@@ -225,17 +240,17 @@ def _segments_of_k(
     """What one shard of a single group adds to each segment of the whole: int32[segments, .., m, n]."""
     num = len(problem.segments)
     if num == 1:
-        return limb_sums(local, x, bitlayers=counts)
+        return limb_sums(local, x, counts=counts)
     longest = contract.MAX_EXACT_K
     start = lax.axis_index(axes) * local.k
     if local.k % longest == 0:
-        return _place(limb_sums(local, x, bitlayers=counts), 0, start // longest, num)
+        return _place(limb_sums(local, x, counts=counts), 0, start // longest, num)
     # A shard that does not begin with a segment reaches into one more: each in turn, times zero outside of it.
     total = 0
     for i in range(1 if longest % local.k == 0 else -(-local.k // longest) + 1):
         segment = start // longest + i
         inside = (start + jnp.arange(local.k, dtype=jnp.int32)) // longest == segment
-        sums = limb_sums(local, jnp.where(inside, x, 0), bitlayers=counts).sum(0, keepdims=True)
+        sums = limb_sums(local, jnp.where(inside, x, 0), counts=counts).sum(0, keepdims=True)
         total = total + jnp.where(segment < num, _place(sums, 0, jnp.minimum(segment, num - 1), num), 0)
     return jnp.asarray(total)
 

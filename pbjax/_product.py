@@ -85,15 +85,11 @@ def _problem(x: jax.Array, words: jax.Array, group_size: int | None, activation_
 def _run(
     config: _Config, x: jax.Array, words: jax.Array, scale: jax.Array, counts: jax.Array, *, prefixes: bool
 ) -> jax.Array:
-    """The product by the backend of the platform that this is lowered for."""
+    """The product, as it is cut among devices."""
     problem = _problem(x, words, config.group_size, config.activation_bits)
-    run = functools.partial(_partition.partitioned, problem=problem, prefixes=prefixes, axes=config.axes)
-    default = run(config.choice.backend)
-    branches = {platform: run(backend) for platform, backend in config.choice.by_platform}
+    run = _partition.partitioned(config.choice, problem=problem, prefixes=prefixes, axes=config.axes)
     with jax.enable_x64(False):  # the contract knows 32 bits; 64 would widen every index and integer sum
-        if not branches:
-            return default(x, words, scale, counts)
-        return lax.platform_dependent(x, words, scale, counts, default=default, **branches)
+        return run(x, words, scale, counts)
 
 
 @functools.cache

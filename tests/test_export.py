@@ -52,6 +52,8 @@ def model_and_arguments():
         ("xla", ("cpu", "cuda")),
         ("reference", ("cpu", "cuda")),
         ("xla", ("cuda", "cpu", "rocm", "tpu")),
+        (None, ("cpu",)),  # the automatic choice is one that needs no pbjax where it runs
+        (None, ("cpu", "cuda")),
     ],
 )
 def test_model_in_a_fresh_process(tmp_path, backend, platforms):
@@ -93,6 +95,19 @@ def test_export_does_not_depend_on_the_tracing_machine(monkeypatch):
     assert negations[("cuda",)] == plain[("cuda",)].count("stablehlo.negate")
     restored = jax.export.deserialize(jax.export.export(product, platforms=("cpu", "cuda"))(x, kernel).serialize())
     np.testing.assert_array_equal(restored.call(x, kernel), -pbjax.matmul(x, kernel, backend="xla"))
+
+
+def test_the_library_is_exported_by_name_only():
+    """What calls it elsewhere needs pbjax there, so JAX asks for a word more."""
+    if _backends.BACKENDS["cpu"].unavailable("cpu"):
+        pytest.skip("the C++ library was not built")
+    fn, args = model_and_arguments()
+    with pbjax.use_backend("cpu"):
+        with pytest.raises(ValueError, match="pbjax_bit_matmul"):
+            jax.export.export(jax.jit(fn), platforms=("cpu",))(*args)
+        allowed = [jax.export.DisabledSafetyCheck.custom_call("pbjax_bit_matmul")]
+        exported = jax.export.export(jax.jit(fn), platforms=("cpu",), disabled_checks=allowed)(*args)
+    np.testing.assert_array_equal(exported.call(*args), jax.jit(fn)(*args))
 
 
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
