@@ -24,10 +24,9 @@ class Front:
     errors: np.ndarray
     choices: np.ndarray
 
-    def within(self, budget: float) -> int | None:
-        """The point of least error whose cost does not pass `budget`, or None where every one does."""
-        point = int(np.searchsorted(self.costs, budget, side="right")) - 1
-        return None if point < 0 else point
+    def last_within(self, budget: float) -> int:
+        """The point of least error whose cost is at most `budget`; -1 if every one costs more."""
+        return int(np.searchsorted(self.costs, budget, side="right")) - 1
 
 
 def pareto_front(costs: Sequence[np.ndarray], errors: Sequence[np.ndarray], max_points: int = MAX_POINTS) -> Front:

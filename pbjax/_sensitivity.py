@@ -21,6 +21,8 @@ from pbjax._bit_tensor import is_bit_tensor
 
 Metric = Callable[[Any, Any], jax.Array]
 
+_MANY_PASSES = 16  # a bar appears, on a terminal, from here on
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -102,7 +104,7 @@ class Sensitivity:
         self._qparams = _sweep.freeze(qparams)
         self._layers = layers
         self.batch_size = batch_size
-        self._progress = sys.stderr.isatty() if progress is None else progress
+        self._progress = progress
         self._outputs, self._errors = _compiled(fn, METRICS.get(metric, metric) if isinstance(metric, str) else metric)
         full = np.array([layer.bits for layer in layers], np.int32)
         self._batches = []
@@ -113,15 +115,15 @@ class Sensitivity:
                 _check_outputs(reference, metric, i)
             self._batches.append((frozen, reference))
 
-    def errors(self, allocations: Sequence[Sequence[int]] | np.ndarray, what: str) -> np.ndarray:
-        """float64[num], the errors of allocations int[num, layers]; a progress bar calls them `what`."""
-        allocations = np.asarray(allocations, np.int32)
-        chunks = _sweep.in_chunks(allocations, self.batch_size)
+    def errors(self, allocations: Sequence[Sequence[int]]) -> np.ndarray:
+        """float64[num], the errors of allocations int[num, layers]."""
+        rows = np.asarray(allocations, np.int32)
+        chunks = _sweep.in_chunks(rows, self.batch_size)
         passes = [(chunk, *batch) for chunk in chunks for batch in self._batches]
-        errors = np.array([self._pass(*one) for one in self._tracked(passes, what)], np.float64)
-        errors = errors.reshape(len(chunks), len(self._batches), -1).mean(1).ravel()[: len(allocations)]
+        errors = np.array([self._pass(*one) for one in self._tracked(passes)], np.float64)
+        errors = errors.reshape(len(chunks), len(self._batches), -1).mean(1).ravel()[: len(rows)]
         if not np.isfinite(errors).all():
-            raise ValueError(self._describe(allocations[~np.isfinite(errors)][0], errors[~np.isfinite(errors)][0]))
+            raise ValueError(self._describe(rows[~np.isfinite(errors)][0], errors[~np.isfinite(errors)][0]))
         return errors
 
     def _pass(self, chunk: np.ndarray, batch: Any, reference: Any) -> np.ndarray:
@@ -131,10 +133,13 @@ class Sensitivity:
             raise ValueError(f"`metric` must return one real number, but got {shape} (argument of allocate).")
         return np.asarray(errors)
 
-    def _tracked(self, passes: list[Any], what: str) -> Iterable[Any]:
-        if not self._progress:
+    def _tracked(self, passes: list[Any]) -> Iterable[Any]:
+        progress = self._progress
+        if progress is None:
+            progress = len(passes) >= _MANY_PASSES and sys.stderr.isatty()
+        if not progress:
             return passes
-        return rich.progress.track(passes, what, console=rich.console.Console(stderr=True), transient=True)
+        return rich.progress.track(passes, "allocate", console=rich.console.Console(stderr=True), transient=True)
 
     def _describe(self, allocation: np.ndarray, error: float) -> str:
         used = [f"{count} at {layer.name}" for count, layer in zip(allocation, self._layers, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -45,8 +45,8 @@ def sweep(
 
     Raises:
       TypeError: `metric` is no function, or has no hash; `bitlayers` are no integers.
-      ValueError: a number of bitlayers that a weight does not store (the message names it), none at all, or no BitTensor
-        in `qparams`.
+      ValueError: a number of bitlayers that a weight does not store (the message names the weight), no number at all,
+        or no BitTensor in `qparams`.
 
     Example:
       >>> qparams = pbjax.quantize({"kernel": jnp.eye(64)}, bits=8)
@@ -66,7 +66,7 @@ def sweep(
         _checks.integer("batch_size", batch_size, 1, None, "argument of sweep")
     run = _compiled(hashable("metric", metric, "argument of sweep"))
     frozen = freeze(qparams)
-    parts = [run(part, frozen) for part in in_chunks(counts, batch_size or len(counts))]
+    parts = [run(part, frozen) for part in in_chunks(counts, min(batch_size or len(counts), len(counts)))]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[: len(counts)], *parts)
 
 
@@ -105,9 +105,8 @@ def hashable(name: str, function: Any, where: str) -> Any:
     return function
 
 
-def in_chunks(rows: Any, size: int) -> Sequence[Any]:
+def in_chunks(rows: Any, size: int) -> list[Any]:
     """The rows, `size` at a time; the last of them is repeated until the last chunk is full, so that one shape does."""
-    size = min(size, len(rows))
     index = np.minimum(np.arange(-(-len(rows) // size) * size), len(rows) - 1).reshape(-1, size)
     return [rows[i] for i in index]
 
