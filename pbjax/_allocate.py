@@ -110,9 +110,8 @@ def allocate(
     _check_paths(layers)
     choices = _choices(layers, bitlayers)
     sensitivity = Sensitivity(fn, qparams, _batches(batch), metric, layers, batch_size=batch_size, progress=progress)
+    sensitivity.check_depends([min(allowed) for allowed in choices])
     search = Search(layers, choices, sensitivity)
-    if isinstance(metric, str):
-        search.check_used()
     if name == "tolerance":
         chosen = search.cheapest_within(limit, rounds)
     else:

@@ -48,15 +48,6 @@ class Search:
         pairs = zip(self._layers, self._choices, strict=True)
         return [np.array(allowed) * (layer.num_weights / total) for layer, allowed in pairs]
 
-    def check_used(self) -> None:
-        """Raises ValueError if no number of bitlayers changes anything."""
-        changes = [error for i, layer in enumerate(self._singles) for b, error in layer.items() if b < self._bits[i]]
-        if changes and not any(changes):
-            raise ValueError(
-                "`fn` must use BitTensors of `qparams`, but its outputs are the same at every number of bitlayers. "
-                "Let it take its weights from its first argument."
-            )
-
     def best_within(self, name: str, limit: float, costs: Costs, rounds: int) -> Candidate:
         """The least measured error found among allocations whose costs add up to no more than `limit`."""
         least, slack = sum(map(min, costs)), limit * _ROUNDING

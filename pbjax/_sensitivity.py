@@ -106,14 +106,28 @@ class Sensitivity:
         self.batch_size = batch_size
         self._progress = progress
         self._outputs, self._errors = _compiled(fn, METRICS.get(metric, metric) if isinstance(metric, str) else metric)
-        full = np.array([layer.bits for layer in layers], np.int32)
+        self._full = np.array([layer.bits for layer in layers], np.int32)
         self._batches = []
         for i, batch in enumerate(batches):
             frozen = _sweep.freeze(batch)
-            reference = self._outputs(self._qparams, full, frozen)
+            reference = self._outputs(self._qparams, self._full, frozen)
             if isinstance(metric, str):
                 _check_outputs(reference, metric, i)
             self._batches.append((frozen, reference))
+
+    def check_depends(self, allocation: Sequence[int]) -> None:
+        """Raises ValueError if the outputs are those of all bitlayers, to the last bit, at a lower allocation."""
+        lower = np.array(allocation, np.int32)
+        if (lower == self._full).all():
+            return
+        for batch, reference in self._batches:
+            outputs = self._outputs(self._qparams, lower, batch)
+            if not jax.tree.all(jax.tree.map(np.array_equal, outputs, reference)):
+                return
+        raise ValueError(
+            "`fn` must use the BitTensors of `qparams`, but its outputs are the same at every number of bitlayers. "
+            "Let it take its weights from its first argument."
+        )
 
     def errors(self, allocations: Sequence[Sequence[int]]) -> np.ndarray:
         """float64[num], the errors of allocations int[num, layers]."""
