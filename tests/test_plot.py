@@ -83,7 +83,7 @@ def test_many_layers_make_one_shape():
         (
             lambda: pbjax.plot.curve([1.0, 2.0], [1, 2, 3]),
             ValueError,
-            r"`values` must hold one number for each of 3 numbers of bitlayers, but got shape \(2,\) \(argument of curve",
+            r"`values` must hold one number for each of 3 numbers of bitlayers, but got shape \(2,\) \(arg",
         ),
         (lambda: pbjax.plot.curve({"a": [[1.0]]}), ValueError, r"but got shape \(1, 1\) \(a\)\. Reduce each point"),
         (lambda: pbjax.plot.curve([]), ValueError, r"for each of 0 numbers of bitlayers"),
