@@ -153,7 +153,7 @@ class Sensitivity:
             progress = len(passes) >= _MANY_PASSES and sys.stderr.isatty()
         if not progress:
             return passes
-        return rich.progress.track(passes, "allocate", console=rich.console.Console(stderr=True), transient=True)
+        return rich.progress.track(passes, "allocate", console=rich.console.Console(stderr=True))
 
     def _describe(self, allocation: np.ndarray, error: float) -> str:
         used = [f"{count} at {layer.name}" for count, layer in zip(allocation, self._layers, strict=True)]

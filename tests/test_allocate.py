@@ -138,12 +138,12 @@ class TestFront:
         costs = [np.cumsum(rng.uniform(1, 9, 8)) for _ in range(12)]
         errors = [np.sort(rng.exponential(size=8))[::-1] for _ in range(12)]
         exact = _front.pareto_front(costs, errors, max_points=10**6)
-        thin = _front.pareto_front(costs, errors, max_points=500)
-        assert len(thin.costs) <= 501 < len(exact.costs)
-        for point in range(0, len(thin.costs), 50):
+        thin = _front.pareto_front(costs, errors, max_points=100)
+        assert len(thin.costs) <= 101 < len(exact.costs)
+        for point in range(0, len(thin.costs), 10):
             assert thin.costs[point] == sum(costs[i][j] for i, j in enumerate(thin.choices[point]))
         for budget in np.linspace(exact.costs[0], exact.costs[-1], 20):
-            wider = exact.last_within(budget - 12 * np.ptp(exact.costs) / 500)
+            wider = exact.last_within(budget - 12 * np.ptp(exact.costs) / 100)
             if wider >= 0:
                 assert thin.errors[thin.last_within(budget)] <= exact.errors[wider] + 1e-9
 
@@ -151,8 +151,7 @@ class TestFront:
 MODELS = {model.name: model for model in models.models()}
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "gru", "tied_embedding", "scanned_blocks", "nnx_mlp", "both_sides"])
-@pytest.mark.filterwarnings("ignore::pbjax.DequantizedWarning")
+@pytest.mark.parametrize("name", ["conv", "tied_embedding", "scanned_blocks", "nnx_mlp"])
 def test_every_kind_of_tree(name):
     """And the error reported is that of the function with `with_bitlayers`, as a loop finds it, layer by layer."""
     model = MODELS[name]
