@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.figure
 import rich.table
 
-BLUE, ORANGE, DARK = "#0072b2", "#d55e00", "#333333"  # told apart by colour-blind people (Okabe and Ito)
+import pbjax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,29 +55,24 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     figure.suptitle(f"{title}: one stored model, 1 to {bitlayers[-1]} bitlayers", fontsize=13, fontweight="bold")
     left, right = figure.subplots(1, 2)
 
-    box = dict(boxstyle="square,pad=0.1", facecolor="white", edgecolor="none")  # keeps the line out of the numbers
-    left.plot(bitlayers, accuracies, "o-", color=BLUE, linewidth=2, markersize=7)
-    for x, y in zip(bitlayers, accuracies, strict=True):
-        left.annotate(f"{y:.1f}", (x, y), (0, -20), textcoords="offset points", ha="center", color=BLUE, bbox=box)
-    left.axhline(100 * baseline.accuracy, color=DARK, linestyle="--", label=f"float32 model: {baseline.accuracy:.1%}")
-    left.set_title("Test accuracy (%)", loc="left")
-    left.set_xlabel("bitlayers used")
-    left.set_xticks(bitlayers)
-    left.margins(x=0.08, y=0.2)
-    left.legend(loc="lower right", frameon=False)
+    pbjax.plot.curve(
+        accuracies,
+        baseline=100 * baseline.accuracy,
+        baseline_label=f"float32 model: {baseline.accuracy:.1%}",
+        title="Test accuracy (%)",
+        value_format="{:.1f}",
+        ax=left,
+    )
 
-    bars = right.bar(bitlayers, speedups, color=ORANGE, width=0.7)
-    right.bar_label(bars, [f"{speedup:.1f}x" for speedup in speedups], padding=2, color=ORANGE)
-    right.axhline(1, color=DARK, linestyle="--", label=f"float32 model: {baseline.num_bytes / 1e6:.2g} MB")
+    bars = right.bar(bitlayers, speedups, color=pbjax.plot.ORANGE, width=0.7)
+    right.bar_label(bars, [f"{speedup:.1f}x" for speedup in speedups], padding=2, color=pbjax.plot.ORANGE)
+    right.axhline(1, color=pbjax.plot.DARK, linestyle="--", label=f"float32 model: {baseline.num_bytes / 1e6:.2g} MB")
     right.set_title("Speed, one image at a time (float32 = 1)", loc="left")
     right.set_xlabel("bitlayers used, and megabytes they take")
     right.set_xticks(bitlayers, [f"{b}\n{size}" for b, size in zip(bitlayers, megabytes, strict=True)])
     right.margins(y=0.2)
     right.legend(loc="upper right", frameon=False)
 
-    for axes in (left, right):
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    pbjax.plot.tidy(right)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

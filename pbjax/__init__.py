@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING
 
 from pallas_kernels.bit_matmul.contract import Problem as Problem
 from pallas_kernels.bit_matmul.contract import Unsupported as Unsupported
+from pbjax._allocate import allocate as allocate
+from pbjax._allocation import Allocation as Allocation
+from pbjax._allocation import AllocationRow as AllocationRow
+from pbjax._allocation import UniformRow as UniformRow
 from pbjax._backends import Selection as Selection
 from pbjax._backends import select_backend as select_backend
 from pbjax._backends import use_backend as use_backend
@@ -22,14 +26,16 @@ from pbjax._report import Report as Report
 from pbjax._report import ReportRow as ReportRow
 from pbjax._report import report as report
 from pbjax._specs import Spec as Spec
+from pbjax._sweep import sweep as sweep
 
 if TYPE_CHECKING:
     from pbjax import linen as linen
     from pbjax import nnx as nnx
+    from pbjax import plot as plot
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`pbjax.linen` and `pbjax.nnx`, imported when first asked for: who uses neither waits for no Flax."""
-    if name in ("linen", "nnx"):
+    """`pbjax.linen`, `pbjax.nnx` and `pbjax.plot`, imported when first asked for, with Flax and Matplotlib."""
+    if name in ("linen", "nnx", "plot"):
         return importlib.import_module(f"pbjax.{name}")
     raise AttributeError(f"module 'pbjax' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,20 @@ def integer(name: str, value: Any, low: int, high: int | None, where: str) -> in
         limits = f"lie in {low}..{high}" if high is not None else f"be at least {low}"
         raise ValueError(f"`{name}` must {limits}, but got {value} ({where}).")
     return int(value)
+
+
+def number(name: str, value: Any, where: str) -> float:
+    """A static, finite number that is not negative, as Python's own.
+
+    Raises:
+      TypeError: not a real number.
+      ValueError: negative, infinite or a NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"`{name}` must be a number, but got {value!r} ({where}).")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and not negative, but got {value} ({where}).")
+    return float(value)
 
 
 def activation_bits(value: Any, where: str) -> int | None:

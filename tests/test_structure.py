@@ -27,6 +27,7 @@ ALLOWED = {
     "cpu_kernels": {"jax", "numpy", "pallas_kernels", "cpu_kernels"},
     "pbjax": {"jax", "numpy", "rich", "pallas_kernels", "cpu_kernels", "pbjax"},
 }
+MATPLOTLIB_FILES = {"plot.py"}
 FLAX_FILES = {"linen.py", "nnx.py", "_nnx_state.py"}  # the only ones that know a module library
 
 each_file = pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def imported_modules(source):
 @each_file
 def test_imports_point_one_way(package, file):
     allowed = ALLOWED[package] | ({"flax"} if file.name in FLAX_FILES else set())
+    allowed |= {"matplotlib"} if file.name in MATPLOTLIB_FILES else set()
     modules = set(imported_modules(file.read_text()))
     assert {name.split(".")[0] for name in modules} - sys.stdlib_module_names <= allowed
     if file.name != "_compat.py":
@@ -73,7 +75,7 @@ import pbjax, pallas_kernels, cpu_kernels
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 import sys
-assert "flax" not in sys.modules
+assert not {"flax", "matplotlib"} & set(sys.modules)
 assert pbjax.linen.Dense and pbjax.nnx.Linear
 assert "flax" in sys.modules
 assert not xla_bridge.backends_are_initialized()
@@ -101,7 +103,15 @@ def test_examples_in_docstrings(name):
 
 
 def test_public_functions_have_examples():
-    for function in (pbjax.quantize, pbjax.with_bitlayers, pbjax.matmul, pbjax.quantized, pbjax.select_backend):
+    for function in (
+        pbjax.quantize,
+        pbjax.with_bitlayers,
+        pbjax.matmul,
+        pbjax.quantized,
+        pbjax.select_backend,
+        pbjax.sweep,
+        pbjax.allocate,
+    ):
         assert doctest.DocTestFinder().find(function, globs={})[0].examples, function.__name__
 
 

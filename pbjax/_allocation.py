@@ -1,0 +1,141 @@
+"""`Allocation`: what `pbjax.allocate` chose, as data, as a table, and as what `with_bitlayers` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocationRow:
+    """One layer: a BitTensor, or one of the weights that it stacks.
+
+    Attributes:
+      path: pytree path of the BitTensor.
+      index: place in the stack; () without one.
+      shape: shape of the weight, without stack axes.
+      bits: bitlayers stored.
+      bitlayers: bitlayers chosen.
+      nbytes: bytes of the bitlayers chosen and of their scales.
+      errors: by number of bitlayers, the measured error with this layer at it and all others at all they store.
+    """
+
+    path: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    bits: int
+    bitlayers: int
+    nbytes: int
+    errors: dict[int, float]
+
+    @property
+    def name(self) -> str:
+        """The path, and the place in the stack."""
+        return self.path + "".join(f"[{i}]" for i in self.index)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformRow:
+    """All layers at one number of bitlayers, or at all they store where that is less.
+
+    Attributes:
+      bitlayers: the number.
+      nbytes: bytes of these bitlayers and of their scales.
+      average: bitlayers per weight.
+      error: the measured error.
+    """
+
+    bitlayers: int
+    nbytes: int
+    average: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """A number of bitlayers for each layer, chosen by `pbjax.allocate`; prints as a table.
+
+    Attributes:
+      rows: one for each layer, in the order of the tree and of its stacks.
+      nbytes: bytes of the bitlayers chosen and of their scales, over all layers.
+      average: bitlayers per weight: each layer counts with the number of its weights.
+      predicted_error: the error that the layers' own errors add up to.
+      measured_error: the error of the whole function with this allocation.
+      metric: name of the error.
+      uniform: the same number of bitlayers everywhere, measured, for comparison.
+    """
+
+    rows: tuple[AllocationRow, ...]
+    nbytes: int
+    average: float
+    predicted_error: float
+    measured_error: float
+    metric: str
+    uniform: tuple[UniformRow, ...]
+
+    @property
+    def bitlayers(self) -> dict[str, int | np.ndarray]:
+        """What `pbjax.with_bitlayers` takes: a number for each path, or int32[*stack] where weights are stacked.
+
+        Paths are written as patterns that match themselves and nothing else (`^params/Dense_0/kernel$`), so it serves
+        every tree with these paths: the one measured, its float twin quantized anew, one loaded from a file.
+        """
+        numbers: dict[str, int | np.ndarray] = {}
+        for path in dict.fromkeys(row.path for row in self.rows):
+            rows = [row for row in self.rows if row.path == path]
+            stack_shape = tuple(i + 1 for i in rows[-1].index)
+            stacked = np.array([row.bitlayers for row in rows], np.int32).reshape(stack_shape)
+            numbers[f"^{re.escape(path)}$"] = stacked if stack_shape else int(stacked)
+        return numbers
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain data."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def to_table(self) -> rich.table.Table:
+        """The allocation as a rich table."""
+        choices = sorted({b for row in self.rows for b in row.errors})
+        shown = [b for b in choices if b in (1, 2, 3, 4, 6, 8, 12, 16) or b == choices[-1]]
+        table = rich.table.Table(
+            caption=f"{self.metric} b: error with this layer at b bitlayers and the others at all; "
+            "under total and uniform, of everything together"
+        )
+        table.add_column("path", overflow="fold")
+        for name in ("shape", "bits", "bitlayers", "kB", "error"):
+            table.add_column(name, justify="right")
+        for b in shown:
+            table.add_column(f"{self.metric} {b}", justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                "x".join(map(str, row.shape)),
+                str(row.bits),
+                str(row.bitlayers),
+                f"{row.nbytes / 1000:,.1f}",
+                f"{row.errors[row.bitlayers]:.2e}",
+                *(f"{row.errors[b]:.2e}" if b in row.errors else "" for b in shown),
+            )
+        table.add_section()
+        for name, average, nbytes, error in (
+            ("total", f"{self.average:.2f}", self.nbytes, self.measured_error),
+            *(("uniform", f"{row.average:.3g}", row.nbytes, row.error) for row in self.uniform),
+        ):
+            table.add_row(name, "", "", average, f"{nbytes / 1000:,.1f}", f"{error:.2e}")
+            if name == "total":
+                table.add_row("predicted", "", "", "", "", f"{self.predicted_error:.2e}")
+                table.add_section()
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        rich.console.Console(file=text, width=160).print(self.to_table())
+        return text.getvalue()
+
+    def __rich__(self) -> rich.table.Table:
+        return self.to_table()

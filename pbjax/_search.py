@@ -1,0 +1,174 @@
+"""The search behind `pbjax.allocate`: measured errors propose allocations, and measured allocations decide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pbjax import _front
+from pbjax._allocation import Allocation, AllocationRow, UniformRow
+from pbjax._sensitivity import Layer, Sensitivity
+
+Costs = Sequence[np.ndarray]  # for each layer float64[choices]
+
+_WHERE = "argument of allocate"
+_ROUNDING = 1 + 1e-12  # sums of costs that are no integers round
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An allocation int[layers] and its measured error."""
+
+    allocation: tuple[int, ...]
+    error: float
+
+
+class Search:
+    """Measured allocations, and proposals of others from what the measured errors add up to."""
+
+    def __init__(self, layers: list[Layer], choices: list[list[int]], sensitivity: Sensitivity) -> None:
+        self._layers, self._choices, self._sensitivity = layers, choices, sensitivity
+        self._bits = tuple(layer.bits for layer in layers)
+        numbers = sorted(set().union(*choices))
+        uniform = [tuple(max(c for c in allowed if c <= b) for allowed in choices) for b in numbers]
+        self._full, *measured = self._measured([self._bits, *uniform])
+        self._uniform = dict(zip(numbers, measured, strict=True))
+        self._singles = self._single_changes(self._full)
+
+    def bytes_of_choices(self) -> Costs:
+        """For each layer the bytes of each of its choices."""
+        pairs = zip(self._layers, self._choices, strict=True)
+        return [np.array([layer.nbytes(b) for b in allowed]) for layer, allowed in pairs]
+
+    def shares_of_choices(self) -> Costs:
+        """For each layer what each of its choices adds to the bitlayers per weight."""
+        total = sum(layer.num_weights for layer in self._layers)
+        pairs = zip(self._layers, self._choices, strict=True)
+        return [np.array(allowed) * (layer.num_weights / total) for layer, allowed in pairs]
+
+    def best_within(self, name: str, limit: float, costs: Costs, rounds: int) -> Candidate:
+        """The least measured error found among allocations whose costs add up to no more than `limit`."""
+        least, slack = sum(map(min, costs)), limit * _ROUNDING
+        if least > slack:
+            raise ValueError(
+                f"`{name}` must be at least {least:,.10g}, which the fewest bitlayers of each weight take, but got "
+                f"{limit:,.10g} ({_WHERE}). Give more, or allow fewer bitlayers."
+            )
+        cost = [dict(zip(*pair, strict=True)) for pair in zip(self._choices, costs, strict=True)]
+
+        def fits(one: Candidate) -> bool:
+            return sum(cost[i][b] for i, b in enumerate(one.allocation)) <= slack
+
+        def propose(origin: Candidate) -> list[Candidate]:
+            front = self._front(costs, origin)
+            return self._measured([self._allocation(front, front.last_within(slack))])
+
+        found = [one for one in self._uniform.values() if fits(one)]
+        return _refine([*found, *propose(self._full)], propose, lambda one: (one.error,), rounds)
+
+    def cheapest_within(self, tolerance: float, rounds: int) -> Candidate:
+        """The fewest bytes found among allocations whose measured error is at most `tolerance`."""
+        costs = self.bytes_of_choices()
+
+        def propose(origin: Candidate) -> list[Candidate]:
+            return self._bisect(self._front(costs, origin), tolerance)
+
+        found = [one for one in self._uniform.values() if one.error <= tolerance] + propose(self._full)
+        if not found:
+            least = min(one.error for one in self._uniform.values())
+            raise ValueError(
+                f"`tolerance` must be at least {least:.3g}, the least error measured with the bitlayers allowed, but "
+                f"got {tolerance:.3g} ({_WHERE}). Allow more bitlayers, or quantize to more bits."
+            )
+        return _refine(found, propose, lambda one: (self._nbytes(one.allocation), one.error), rounds)
+
+    def _bisect(self, front: _front.Front, tolerance: float) -> list[Candidate]:
+        """Points of a front that are within the tolerance, among them the cheapest if errors fall along the front."""
+        low, high = -1, len(front.choices)  # taken as too coarse, and as fine enough
+        found = []
+        while high - low > 1:  # as many points at once as one pass takes
+            points = np.unique(np.linspace(low, high, self._sensitivity.batch_size + 2)[1:-1].astype(int))
+            points = points[points > low].tolist()
+            measured = self._measured([self._allocation(front, point) for point in points])
+            within = [i for i, one in enumerate(measured) if one.error <= tolerance]
+            found += [measured[i] for i in within]
+            first = within[0] if within else len(points)
+            low, high = (points[first - 1] if first else low), (points[first] if within else high)
+        return found
+
+    def outcome(self, chosen: Candidate, metric: str) -> Allocation:
+        """The outcome as users see it."""
+        rows = tuple(
+            AllocationRow(
+                path=layer.path,
+                index=layer.index,
+                shape=layer.shape,
+                bits=layer.bits,
+                bitlayers=b,
+                nbytes=layer.nbytes(b),
+                errors=errors,
+            )
+            for layer, errors, b in zip(self._layers, self._singles, chosen.allocation, strict=True)
+        )
+        return Allocation(
+            rows=rows,
+            nbytes=self._nbytes(chosen.allocation),
+            average=self._average(chosen.allocation),
+            predicted_error=self._full.error + sum(row.errors[row.bitlayers] - self._full.error for row in rows),
+            measured_error=chosen.error,
+            metric=metric,
+            uniform=tuple(
+                UniformRow(
+                    bitlayers=b,
+                    nbytes=self._nbytes(one.allocation),
+                    average=self._average(one.allocation),
+                    error=one.error,
+                )
+                for b, one in self._uniform.items()
+            ),
+        )
+
+    def _single_changes(self, origin: Candidate) -> list[dict[int, float]]:
+        """For each layer the error at each of its numbers of bitlayers, with all others as in `origin`."""
+        changes = [(i, b) for i, allowed in enumerate(self._choices) for b in allowed if b != origin.allocation[i]]
+        allocations = [(*origin.allocation[:i], b, *origin.allocation[i + 1 :]) for i, b in changes]
+        errors = dict(zip(changes, self._errors(allocations), strict=True))
+        return [{b: errors.get((i, b), origin.error) for b in allowed} for i, allowed in enumerate(self._choices)]
+
+    def _front(self, costs: Costs, origin: Candidate) -> _front.Front:
+        singles = self._singles if origin == self._full else self._single_changes(origin)
+        return _front.pareto_front(costs, [np.array([*layer.values()]) - origin.error for layer in singles])
+
+    def _allocation(self, front: _front.Front, point: int) -> tuple[int, ...]:
+        return tuple(allowed[i] for allowed, i in zip(self._choices, front.choices[point], strict=True))
+
+    def _measured(self, allocations: Sequence[tuple[int, ...]]) -> list[Candidate]:
+        return [Candidate(*pair) for pair in zip(allocations, self._errors(allocations), strict=True)]
+
+    def _errors(self, allocations: Sequence[tuple[int, ...]]) -> list[float]:
+        return self._sensitivity.errors(allocations).tolist() if allocations else []
+
+    def _nbytes(self, allocation: Sequence[int]) -> int:
+        return sum(layer.nbytes(b) for layer, b in zip(self._layers, allocation, strict=True))
+
+    def _average(self, allocation: Sequence[int]) -> float:
+        weights = [layer.num_weights for layer in self._layers]
+        return sum(w * b for w, b in zip(weights, allocation, strict=True)) / sum(weights)
+
+
+def _refine(
+    found: list[Candidate],
+    propose: Callable[[Candidate], list[Candidate]],
+    key: Callable[[Candidate], tuple[float, ...]],
+    rounds: int,
+) -> Candidate:
+    """The least by `key` of what was found and, in further rounds, of what is proposed from the best so far."""
+    best = min(found, key=key)
+    for _ in range(rounds - 1):
+        better = min([best, *propose(best)], key=key)
+        if better == best:
+            break
+        best = better
+    return best
