@@ -95,6 +95,23 @@ def quantize(
     names, leaves, treedef = _paths.named_leaves(tree)
     _paths.check_matches("rules", patterns, names, "leaves of the tree")
     uses = [[]] * len(leaves) if fn is None else _uses.trace_uses(fn, tree, args)
+    plans = plan_leaves(names, leaves, uses, widths=widths, patterns=patterns, select=select, has_fn=fn is not None)
+    for i in _track(plans, sum(leaves[i].nbytes for i in plans if hasattr(leaves[i], "nbytes")), progress):
+        leaves[i] = pack_leaf(names[i], leaves[i], plans[i])
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def plan_leaves(
+    names: list[str],
+    leaves: list[Any],
+    uses: list[list[_uses.Use]],
+    *,
+    widths: _specs.Widths,
+    patterns: _paths.Patterns[Rule | None],
+    select: Callable[..., Any] | None,
+    has_fn: bool,
+) -> dict[int, Plan]:
+    """Which leaves `quantize` packs, and how: plans by place. Of leaves it looks at shapes and dtypes only."""
     plans: dict[int, Plan] = {}
     for i, (name, leaf, leaf_uses) in enumerate(zip(names, leaves, uses, strict=True)):
         rule = _paths.first_match(patterns, name, ...)
@@ -109,19 +126,19 @@ def quantize(
             rule = Rule(widths=widths)
         plans[i] = _specs.plan(name, leaf, leaf_uses, rule)
     if not plans and not any(map(is_bit_tensor, leaves)):
-        default = "float arrays named `kernel` of rank 2 or more" + " and those that `fn` multiplies with" * (
-            fn is not None
-        )
-        advice = "name others with `rules` or `select`" + ", or give `fn` and `args`" * (fn is None)
+        default = "float arrays named `kernel` of rank 2 or more" + " and those that `fn` multiplies with" * has_fn
+        advice = "name others with `rules` or `select`" + ", or give `fn` and `args`" * (not has_fn)
         raise ValueError(
             f"`tree` must hold a weight to quantize, but none of its {len(leaves)} leaves was chosen. By default these "
             f"are {default}; {advice}."
         )
-    for i in _track(plans, sum(leaves[i].nbytes for i in plans if hasattr(leaves[i], "nbytes")), progress):
-        _check_finite(names[i], leaves[i])
-        # One weight at a time, also where dispatch is asynchronous: their intermediates never add up.
-        leaves[i] = jax.block_until_ready(_pack_sharded(leaves[i], plans[i], names[i]))
-    return jax.tree.unflatten(treedef, leaves)
+    return plans
+
+
+def pack_leaf(name: str, leaf: Any, plan: Plan) -> BitTensor:
+    """One weight packed, and ready: one at a time, also where dispatch is asynchronous, intermediates never add up."""
+    _check_finite(name, leaf)
+    return jax.block_until_ready(_pack_sharded(leaf, plan, name))
 
 
 def _check_functions(fn: Any, args: Any, select: Any) -> None:

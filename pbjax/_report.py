@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import rich.console
 import rich.table
 
@@ -145,21 +146,32 @@ def report(
         if weight is not None and getattr(weight, "shape", None) != leaf.shape:
             found = getattr(weight, "shape", repr(weight))
             raise ValueError(f"`original` must have shape {leaf.shape} at {name}, but got {found}.")
-        error_squares, square = _squared_errors(leaf, weight)
-        squares.append((error_squares, square))
-        used = jnp.ravel(leaf.bitlayers)
-        rows.append(
-            ReportRow(
-                path=name,
-                shape=leaf.shape,
-                bits=leaf.bits,
-                bitlayers=(int(used.min()), int(used.max())),
-                float_bytes=_num_elements(leaf) * leaf.dtype.itemsize,
-                packed_bytes=leaf.nbytes,
-                errors=tuple(_ratio(error, square) for error in error_squares),
-                dequantized_by=tuple(needs.get(name, ())),
-            )
-        )
+        squares.append(squared_errors(leaf, weight))
+        rows.append(row_of(name, leaf, squares[-1], tuple(needs.get(name, ()))))
+    return report_of(rows, squares, "stored" if original is None else "original")
+
+
+Squares = tuple[list[float], float]
+
+
+def row_of(name: str, tensor: BitTensor, squares: Squares, dequantized_by: tuple[str, ...] = ()) -> ReportRow:
+    """The row of one weight; `squares` as `squared_errors` returns them."""
+    used = np.ravel(np.asarray(tensor.bitlayers))
+    errors, square = squares
+    return ReportRow(
+        path=name,
+        shape=tensor.shape,
+        bits=tensor.bits,
+        bitlayers=(int(used.min()), int(used.max())),
+        float_bytes=_num_elements(tensor) * tensor.dtype.itemsize,
+        packed_bytes=tensor.nbytes,
+        errors=tuple(_ratio(error, square) for error in errors),
+        dequantized_by=dequantized_by,
+    )
+
+
+def report_of(rows: list[ReportRow], squares: list[Squares], reference: str) -> Report:
+    """Rows and their total."""
     most = max(len(errors) for errors, _ in squares)
     totals = []
     for b in range(most):
@@ -174,7 +186,7 @@ def report(
         packed_bytes=sum(row.packed_bytes for row in rows),
         errors=tuple(totals),
     )
-    return Report(rows=tuple(rows), total=total, reference="stored" if original is None else "original")
+    return Report(rows=tuple(rows), total=total, reference=reference)
 
 
 def _dequantized_by(fn: Callable[..., Any], tree: Any, args: tuple[Any, ...]) -> list[Dequantized]:
@@ -184,7 +196,7 @@ def _dequantized_by(fn: Callable[..., Any], tree: Any, args: tuple[Any, ...]) ->
     return found
 
 
-def _squared_errors(tensor: BitTensor, weight: jax.Array | None) -> tuple[list[float], float]:
+def squared_errors(tensor: BitTensor, weight: Any) -> Squares:
     """Sums of squares of w - w_b for b = 1..bits, and of w."""
 
     def values(b: int) -> jax.Array:
