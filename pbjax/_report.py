@@ -64,9 +64,11 @@ class Report:
 
     def to_table(self) -> rich.table.Table:
         """The report as a rich table."""
-        most = max(len(row.errors) for row in self.rows)
+        most = max((len(row.errors) for row in self.rows), default=0)
         table = rich.table.Table(
             caption=f"err b: relative error of the weights after b bitlayers, against the {self.reference} weights"
+            if most
+            else None
         )
         table.add_column("path", overflow="fold")
         for name in ("shape", "bits", "used", "float kB", "packed kB"):
@@ -172,7 +174,7 @@ def row_of(name: str, tensor: BitTensor, squares: Squares, dequantized_by: tuple
 
 def report_of(rows: list[ReportRow], squares: list[Squares], reference: str) -> Report:
     """Rows and their total."""
-    most = max(len(errors) for errors, _ in squares)
+    most = max((len(errors) for errors, _ in squares), default=0)
     totals = []
     for b in range(most):
         stored = [(errors[b], square) for errors, square in squares if b < len(errors)]
