@@ -188,11 +188,11 @@ class _Floats:
                 self._sources[path] = Source(path)
                 file_of = dict.fromkeys(self._sources[path].header.entries, path)
             self._rename(file_of, _paths.compile_patterns("rename", rename))
+            self.node = _node_of(self._tensors)
         except BaseException:
             self.close()
             raise
         self.leaves: dict[str, _structure.Leaf] = {name: _structure.Array(name=name) for name in self._tensors}
-        self.node = _node_of(self._tensors)
 
     def _read_index(self, index: str) -> dict[str, str]:
         with open(index, "rb") as file:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -124,6 +124,8 @@ def encode(tree: Any) -> tuple[list[Any], list[tuple[Leaf, Any]]]:
 
 def _encode(value: Any, path: KeyPath, leaves: list[tuple[Leaf, Any]]) -> list[Any]:
     if type(value) is dict:
+        if not _are_ordered(value):
+            raise TypeError(f"keys of a dict must be of one kind, but got {list(value)!r}. Rename them.")
         return [
             "dict",
             [[encode_key(key), _encode(item, (*path, DictKey(key)), leaves)] for key, item in value.items()],
@@ -279,7 +281,18 @@ def decode_dict(items: list[Any], path: str, visit: Callable[[Any], Any]) -> dic
                 result[key] = visit(node)
             case _:
                 raise _files.FileError(path, f"a dict of its tree holds {str(item)[:100]}")
+    if not _are_ordered(result):
+        raise _files.FileError(path, "a dict of its tree mixes kinds of keys")
     return result
+
+
+def _are_ordered(keys: Iterable[Any]) -> bool:
+    """Whether JAX can put the keys of a dict in order."""
+    try:
+        sorted(keys)
+    except TypeError:
+        return False
+    return True
 
 
 def decode_key(key: Any, path: str) -> Any:

@@ -28,7 +28,7 @@ ALLOWED = {
     "pbjax": {"jax", "numpy", "rich", "pallas_kernels", "cpu_kernels", "pbjax"},
 }
 MATPLOTLIB_FILES = {"plot.py"}
-FLAX_FILES = {"linen.py", "nnx.py", "_nnx_state.py"}  # the only ones that know a module library
+FLAX_FILES = {"linen.py", "nnx.py", "_nnx_nodes.py", "_nnx_state.py"}  # the only ones that know a module library
 
 each_file = pytest.mark.parametrize(
     ("package", "file"), FILES, ids=[str(f.relative_to(PACKAGES[p].parent)) for p, f in FILES]
