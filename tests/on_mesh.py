@@ -10,11 +10,13 @@ import functools
 import itertools
 import re
 import sys
+import tempfile
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -321,8 +323,81 @@ def errors():
     expect(r"`w.scale` must be the same on all devices that share k, but it varies over \('b',\)", on_mesh, 128)
 
 
-def processes(port, process_id):
-    """Two processes, of four devices each: words cut over k and over n across both."""
+def assert_equal_on(actual, expected):
+    """Equal values, each on the devices where it should be."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+        np.testing.assert_array_equal(a, b)
+
+
+def tree_to_save(mesh, specs):
+    """Float weights, cut by `specs`, and their shardings."""
+    floats = {"flat": normal(K, N), "stack": normal(4, 256, 32, seed=1), "bias": normal(N, seed=2)}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in zip(floats, specs, strict=True)}
+    return jax.device_put(floats, shardings), shardings
+
+
+def packed(floats):
+    rules = {"flat": pbjax.Spec(group_size=64), "stack": pbjax.Spec(bits=5, stack=(0,)), "bias": None}
+    return pbjax.quantize(floats, BITS, rules=rules)
+
+
+SPECS = {
+    "n": (P(None, "b"), P(None, None, "b"), P("b")),
+    "k and n": (P("b", "a"), P(None, "b", "a"), P()),
+    "stack": (P(("a", "b")), P("b"), P()),
+}
+
+
+def files():
+    """What was saved from one mesh is loaded onto another, as if the floats had been quantized there."""
+    other = jax.make_mesh((8,), ("n",), axis_types=(AxisType.Auto,))
+    elsewhere, other_shardings = tree_to_save(other, (P(None, "n"), P(None, "n"), P("n")))
+    for specs in SPECS.values():
+        mesh = make_mesh()
+        floats, shardings = tree_to_save(mesh, specs)
+        q = packed(floats)
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/model.safetensors"
+            pbjax.save(path, q, max_shard_bytes=20000)
+            assert_equal_on(pbjax.load(path, sharding=shardings), q)
+            assert_equal_on(pbjax.load(path, sharding=jax.tree.map(lambda leaf: leaf.sharding, q)), q)
+            patterns = {"^fl": shardings["flat"], "stack": shardings["stack"], ".": shardings["bias"]}
+            assert_equal_on(pbjax.load(path, bits=2, sharding=patterns), packed_prefix(q, shardings, 2))
+            assert_equal_on(pbjax.load(path, sharding=other_shardings), packed(elsewhere))
+            with pytest.raises(
+                ValueError, match=r"flat, cut over k, must fall into whole groups of 64, but got k = 512"
+            ):
+                pbjax.load(path, sharding={"flat": NamedSharding(jax.make_mesh((3,), ("c",)), P("c"))})
+
+
+def packed_prefix(q, shardings, bits):
+    return {
+        name: leaf if name == "bias" else pbjax.truncate(leaf, bits) for name, leaf in q.items()
+    }  # slicing leaves every part where it is
+
+
+def orbax():
+    """Orbax saves quantized trees as any others, and restores them to the shardings of a target, on any mesh."""
+    other = jax.make_mesh((8,), ("n",), axis_types=(AxisType.Auto,))
+    elsewhere = packed(tree_to_save(other, (P(None, "n"), P(None, None, "n"), P("n")))[0])
+    q = packed(tree_to_save(make_mesh(), SPECS["k and n"])[0])
+    with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(f"{folder}/tree", q)
+        checkpointer.wait_until_finished()
+        for target in (q, elsewhere):
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+            restored = checkpointer.restore(f"{folder}/tree", abstract)
+            assert_equal_on(restored, target)
+        x = put(other, normal(4, K, seed=1), P())
+        np.testing.assert_array_equal(pbjax.matmul(x, restored["flat"]), pbjax.matmul(x, elsewhere["flat"]))
+        assert pbjax.with_bitlayers(restored, 2)["flat"].bitlayers == 2
+
+
+def processes(port, process_id, path):
+    """Two processes, of four devices each: words cut over k and over n across both, from arrays and from a file."""
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process_id))
     assert len(jax.devices()) == 8
     assert len(jax.local_devices()) == 4
@@ -341,6 +416,18 @@ def processes(port, process_id):
         assert found == expected, (spec, found)
         for shard in y.addressable_shards:
             np.testing.assert_array_equal(shard.data, one[shard.index])
+    whole = pbjax.load(path)
+    for specs, bits in itertools.product(SPECS.values(), (None, 3)):
+        shardings = {
+            name: NamedSharding(mesh, spec) for name, spec in zip(("flat", "stack", "bias"), specs, strict=True)
+        }
+        loaded = pbjax.load(path, bits=bits, sharding=shardings)
+        assert not loaded["flat"].words.is_fully_addressable
+        expected = whole if bits is None else pbjax.truncate(whole, bits)
+        for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            for shard in a.addressable_shards:
+                np.testing.assert_array_equal(shard.data, np.asarray(b)[shard.index])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+import pbjax
+from tests.on_mesh import K, N, normal, packed
+
 CASES = [
     "auto",
     "explicit",
@@ -19,6 +22,8 @@ CASES = [
     "quantize",
     "model",
     "errors",
+    "files",
+    "orbax",
 ]
 
 
@@ -42,9 +47,12 @@ def test_on_eight_devices(case):
     check(start(case, devices=8))
 
 
-def test_in_two_processes():
+def test_in_two_processes(tmp_path):
+    path = tmp_path / "model.safetensors"
+    floats = {"flat": normal(K, N), "stack": normal(4, 256, 32, seed=1), "bias": normal(N, seed=2)}
+    pbjax.save(path, packed(floats), max_shard_bytes=20000)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    for process in [start("processes", port, str(i), devices=4) for i in range(2)]:
+    for process in [start("processes", port, str(i), str(path), devices=4) for i in range(2)]:
         check(process)
