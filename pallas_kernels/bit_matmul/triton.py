@@ -23,8 +23,10 @@ from pallas_kernels.bit_matmul import (
     _triton_int8,
     _triton_serial,
     _triton_unpack,
+    activations,
     contract,
     epilogue,
+    limbs,
     tuned,
 )
 
@@ -103,9 +105,26 @@ def _variants(config: Any, **choices: Iterable[int | None]) -> list[Any]:
     ]
 
 
+def quantize_rows(
+    problem: contract.Problem, x: jax.Array, *, config: Config | None = None, interpret: bool = False
+) -> tuple[jax.Array | limbs.Packed, jax.Array, jax.Array]:
+    """`activations.quantize_rows`, in one kernel where rows are few. x: float[m, k]; `config` as of the product.
+
+    Returns:
+      codes: for `matmul` and `prefixes`.
+      unit: f32[m].
+      poison: f32[m], NaN for rows that are not finite, 0 for others.
+    """
+    config = _check(problem, config)
+    if isinstance(config, SerialConfig):
+        return _triton_serial.quantize_rows(problem, x, config=config, interpret=interpret)
+    codes, unit, finite = activations.quantize_rows(x, problem.fixed_point_bits)
+    return codes, unit, activations.poison(finite)
+
+
 def matmul(
     problem: contract.Problem,
-    x: jax.Array,
+    x: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     bitlayers: jax.Array,
@@ -122,7 +141,7 @@ def matmul(
 
 def _matmul(
     problem: contract.Problem,
-    x: jax.Array,
+    x: Any,
     words: jax.Array,
     scale: jax.Array,
     bitlayers: jax.Array,
@@ -142,7 +161,7 @@ def _matmul(
 
 def prefixes(
     problem: contract.Problem,
-    x: jax.Array,
+    x: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     limit: jax.Array,
@@ -183,5 +202,7 @@ def _check(problem: contract.Problem, config: Config | None) -> Config:
     return config
 
 
-def _pad(problem: contract.Problem, x: jax.Array) -> jax.Array:
+def _pad(problem: contract.Problem, x: jax.Array | limbs.Packed) -> jax.Array | limbs.Packed:
+    if isinstance(x, limbs.Packed):
+        return x
     return jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))
