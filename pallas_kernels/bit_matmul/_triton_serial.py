@@ -106,8 +106,8 @@ def limb_sums(
       interpret: run on the CPU, as JAX operations.
 
     Returns:
-      int32[segments, activation limbs, code limbs, m, n], or with `sweep` [.., bits * m, n]: the rows of each number
-      of bitlayers in turn, in which a code limb that has not begun holds anything.
+      int32[segments, activation limbs, code limbs, m, n], or with `sweep` [segments, bits, activation limbs, m, n],
+      after each bitlayer those of the code limb that it belongs to.
     """
     cut = _cut(problem, config)
     padding = -problem.m % config.block_rows
@@ -327,13 +327,7 @@ def _centre(
         used = jnp.stack([jnp.clip(bitlayers - first, 0, last - first) for first, last in problem.code_limbs])
     lowest = ((1 << used) - 1)[None, :, None, :, None]
     centred = 2 * sums - lowest * row_sums[:, None, :, :, None]
-    if not sweep:
-        return jnp.swapaxes(centred, 1, 2)
-    # At every number of bitlayers, each code limb as far as it has come.
-    layers = np.arange(problem.bits)
-    by_limb = jnp.stack([centred[:, np.clip(layers, first, last - 1)] for first, last in problem.code_limbs], axis=2)
-    shape = (len(problem.segments), problem.activation_limbs, len(problem.code_limbs), -1, problem.n)
-    return jnp.transpose(by_limb, (0, 3, 2, 1, 4, 5)).reshape(shape)
+    return centred if sweep else jnp.swapaxes(centred, 1, 2)
 
 
 def _row_sums(problem: contract.Problem, packed: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ def largest_code(activation_bits: int) -> int:
 
 
 def scaling(magnitude: jax.Array, activation_bits: int) -> tuple[jax.Array, jax.Array]:
-    """What takes x to codes, as two factors: x * power is exact, (x * power) * inverse is rounded once, then to integers.
+    """What takes x to codes, as two factors: x * power is exact, times inverse it is rounded once, then to integers.
 
     Two, because 2**-127 is no normal float32. magnitude: f32, max|x| of finite rows.
     """

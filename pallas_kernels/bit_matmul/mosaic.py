@@ -155,13 +155,8 @@ def prefixes(
     sums = _sums(plan, packed.bits, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
     position = np.arange(problem.bits) % contract.LIMB_BITS + 1
     used = jnp.broadcast_to(jnp.array(position, jnp.int32)[:, None], (problem.bits, problem.m))
-    values = _center(packed, sums, used)
-    results = []
-    for count in range(1, problem.bits + 1):
-        taken = [values[min(count, last) - 1] for first, last in problem.code_limbs if first < count]
-        counts = jnp.full((problem.m,), count, jnp.int32)
-        results.append(_to_float(problem, jnp.stack(taken), scale, counts))
-    return jnp.stack(results)
+    running = jnp.swapaxes(_center(packed, sums, used), 0, 1)
+    return epilogue.scale_prefixes(problem, running, scale)
 
 
 def _plan(problem: contract.Problem, config: Config | None, *, sweep: bool) -> Plan:
@@ -240,7 +235,7 @@ def _split(plan: Plan, words: jax.Array) -> jax.Array:
 
 
 def _source(plan: Plan) -> np.ndarray | None:
-    """int32[splits * split words], the word of k that each is, -1 where a split is not full; None if all are in order."""
+    """int32[splits * split words], the word of k that each is, -1 where a split is not full; None if all in order."""
     source = np.full((len(plan.problem.segments), plan.segment_splits * plan.config.split_words), -1, np.int32)
     for i, (_, start, stop) in enumerate(plan.problem.segments):
         source[i, : stop - start] = np.arange(start, stop)

@@ -155,13 +155,13 @@ def _matmul(
         return epilogue.scale_segments(problem, sums, scale, bitlayers)
     if isinstance(config, UnpackConfig):
         return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
-    sums = _triton_dot.group_sums(problem, x, words, bitlayers, config=config, interpret=interpret)
+    sums = _triton_dot.group_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
     return jnp.sum(sums * jax.vmap(epilogue.scale_rows, in_axes=(1, None))(scale, bitlayers), axis=0)
 
 
 def prefixes(
     problem: contract.Problem,
-    x: jax.Array | limbs.Packed,
+    x: Any,
     words: jax.Array,
     scale: jax.Array,
     limit: jax.Array,
@@ -169,7 +169,11 @@ def prefixes(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The product at every number of bitlayers up to `limit`: in one pass for few rows of fixed point."""
+    """The product at every number of bitlayers up to `limit`, in one pass over the words.
+
+    x may be what `quantize_rows` returns. Not in one pass go many rows with groups: the sums of every group and
+    bitlayer would be written, where a product at one count adds up groups in its program. It runs once for each count.
+    """
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
     x, config = _pad(problem, x), _check(problem, config)
@@ -177,8 +181,17 @@ def prefixes(
     if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
         sums = _triton_serial.limb_sums(problem, x, words, limits, sweep=True, config=config, interpret=interpret)
-        counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), problem.m)
-        return epilogue.scale_segments(problem, sums, scale, counts).reshape(problem.bits, problem.m, problem.n)
+        return epilogue.scale_prefixes(problem, sums, scale)
+    if isinstance(config, _FLOAT_CONFIGS):
+        if isinstance(config, UnpackConfig):  # would write, and read again, 16 bits for each bit
+            config = _triton_dot.config_for(problem)
+        limits = jnp.full((problem.m,), limit, jnp.int32)
+        sums = _triton_dot.group_sums(problem, x, words, limits, sweep=True, config=config, interpret=interpret)
+        counts = jnp.arange(1, problem.bits + 1, dtype=jnp.int32)
+        scales = jax.vmap(epilogue.scale_rows, in_axes=(1, None), out_axes=1)(scale, counts)  # [bits, groups, n]
+        return jnp.sum(sums * scales[:, :, None], axis=1)
+    if problem.groups == 1 and _triton_int8.num_sums(problem, config, sweep=True) <= _MAX_SUMS:
+        return _triton_int8.prefixes(problem, x, words, scale, limit, config=config, interpret=interpret)
 
     def fill(i, out):
         y = _matmul(problem, x, words, scale, jnp.full((problem.m,), i + 1, jnp.int32), config, interpret)
