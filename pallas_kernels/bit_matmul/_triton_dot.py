@@ -152,7 +152,8 @@ def _kernel(
       num_parts: of the words.
       sweep: the sums of each bitlayer.
     """
-    part, index = pl.program_id(1) % num_parts, pl.program_id(1)
+    index = pl.program_id(1)
+    part = index % num_parts if sweep else index
     rows = pl.ds(pl.program_id(2) * config.block_rows, config.block_rows)
     first_channel = pl.program_id(0) * config.block_n
     channels = pl.ds(first_channel, config.block_n)

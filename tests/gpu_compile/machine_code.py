@@ -198,7 +198,9 @@ def _compiled(
         with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTX="1"):
             # Autotuning would measure, on the GPU that is not there.
             defaults = {"xla_dump_to": folder, "xla_gpu_autotune_level": 0}
-            jax.jit(fn).lower(*described).compile(compiler_options=defaults | dict(options or {}))
+            with jax.sharding.use_abstract_mesh(_mesh(gpu)):
+                lowered = jax.jit(fn).lower(*described)
+            lowered.compile(compiler_options=defaults | dict(options or {}))
         yield pathlib.Path(folder)
 
 
@@ -208,6 +210,12 @@ def _device(gpu: str) -> jax.Device:
         platform="cuda", topology_name=gpu, topology="1x1x1", target_config=_target_config(GPUS[gpu])
     )
     return topology.devices[0]
+
+
+def _mesh(gpu: str) -> jax.sharding.AbstractMesh:
+    """What JAX 0.11 and later lower Pallas kernels for where there is no GPU."""
+    device = jax.sharding.AbstractDevice(device_kind=GPUS[gpu].name, num_cores=GPUS[gpu].num_sms, platform="gpu")
+    return jax.sharding.AbstractMesh((), (), abstract_device=device)
 
 
 def _target_config(gpu: Gpu) -> str:
