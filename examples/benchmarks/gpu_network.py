@@ -66,8 +66,9 @@ def measure(facts: dict[str, str], *, backend: str, hidden: int = HIDDEN, calls:
         with pbjax.use_backend(backend):
             return pbjax.quantized(model.apply)(qparams, image)
 
-    for used in BITLAYERS:
-        methods.append(("bitlayers", used, backend, on_bitlayers, pbjax.with_bitlayers(qparams, used), image))
+    methods += [
+        ("bitlayers", used, backend, on_bitlayers, pbjax.with_bitlayers(qparams, used), image) for used in BITLAYERS
+    ]
     for name, used, by, fn, weights, x in methods:
         for graphs, options in GRAPHS.items():
             run = jax.jit(fn, compiler_options=options).lower(weights, x).compile()
