@@ -262,7 +262,7 @@ def read_rows(path: Path) -> list[Row]:
 def make_table(rows: Sequence[Row]) -> rich.table.Table:
     """Speed-up over bf16, and for pbjax the fraction of the memory limit, cold: a line for each shape and width."""
     table = rich.table.Table(
-        title="speed relative to XLA's fastest bf16 product, and fraction of the memory limit in %, weights not in the L2 cache"
+        title="speed over XLA's fastest bf16 product, and fraction of the memory limit in %; weights not in the cache"
     )
     others = [name for name in gpu_baselines.NAMES if name != "bf16"]
     for name in ("m", "k x n", *others, "A", *map(str, range(1, BITS + 1)), "sweep"):

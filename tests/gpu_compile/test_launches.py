@@ -71,21 +71,31 @@ def described(problem: contract.Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
 def test_a_network_is_one_graph(backend):
-    """Two layers are more launches than XLA's least for a CUDA graph, and nothing of pbjax stays out of it."""
-    launches = in_own_process(launches_of_network, backend)
-    assert all(launch.in_command_buffer for launch in launches), launches
-    assert not any(launch.in_command_buffer for launch in in_own_process(launches_of_network, backend, ""))
+    """Two layers are more launches than XLA's least for a CUDA graph, 5, and nothing of pbjax stays out of it."""
+    network, none, layer, small = in_own_process(launches_of_networks, backend)
+    assert len(network) >= 6
+    assert all(launch.in_command_buffer for launch in network), network
+    assert not any(launch.in_command_buffer for launch in (*none, *layer))
+    assert all(launch.in_command_buffer for launch in small), small
 
 
-def launches_of_network(backend: str, commands: str | None = None) -> tuple[machine_code.Launch, ...]:
+def launches_of_networks(backend: str) -> list[tuple[machine_code.Launch, ...]]:
+    """Two layers with default flags and without graphs, one layer with default flags and with small graphs."""
     problem = contract.Problem(m=1, k=256, n=256, bits=8, group_size=None, activation_bits=16)
     run = functools.partial(_partition._of_rows, _backends.BACKENDS[backend], problem, False)
 
     def network(x, *weights):
         return run(jax.nn.relu(run(x, *weights)), *weights)
 
-    options = {} if commands is None else {"xla_gpu_enable_command_buffer": commands}
-    return machine_code.compile_launches(network, *described(problem), gpu="h200", options=options)
+    return [
+        machine_code.compile_launches(fn, *described(problem), gpu="h200", options=options)
+        for fn, options in (
+            (network, {}),
+            (network, {"xla_gpu_enable_command_buffer": ""}),
+            (run, {}),
+            (run, {"xla_gpu_graph_min_graph_size": 1}),
+        )
+    ]
 
 
 @pytest.mark.parametrize("gpu", ["h200", "a100"])
