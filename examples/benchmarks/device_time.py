@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import pathlib
 import tempfile
 import time
@@ -10,7 +11,30 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jaxlib
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What all rows of a run have in common."""
+
+    date: str
+    device: str
+    jax: str
+    jaxlib: str
+    platform_version: str
+
+
+def facts_of(device: jax.Device) -> dict[str, str]:
+    """The fields of `Facts`, of today."""
+    return dict(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        device=device.device_kind,
+        jax=jax.__version__,
+        jaxlib=jaxlib.__version__,
+        platform_version=" ".join(device.client.platform_version.split()),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

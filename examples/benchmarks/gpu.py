@@ -21,7 +21,6 @@ import argparse
 import concurrent.futures
 import csv
 import dataclasses
-import datetime
 import functools
 import importlib.util
 import itertools
@@ -40,7 +39,6 @@ import gpu_baselines
 import gpu_network
 import jax
 import jax.numpy as jnp
-import jaxlib
 import matplotlib.figure
 import rich.console
 import rich.table
@@ -75,14 +73,9 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(device_time.Facts):
     """One line of the output."""
 
-    date: str
-    device: str
-    jax: str
-    jaxlib: str
-    platform_version: str
     m: int
     k: int
     n: int
@@ -191,23 +184,12 @@ def kernel_backend(problem: pbjax.Problem) -> str:
     return pbjax.select_backend(problem).name
 
 
-def facts_of(device: jax.Device) -> dict[str, str]:
-    """What rows have in common."""
-    return dict(
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        device=device.device_kind,
-        jax=jax.__version__,
-        jaxlib=jaxlib.__version__,
-        platform_version=" ".join(device.client.platform_version.split()),
-    )
-
-
 def measure(
     args: argparse.Namespace, deadline: float, done: Collection[tuple[int, int, int]], skipped: list[str]
 ) -> Iterator[list[Row]]:
     """The rows of one shape after the other, but for those that are done, until the deadline."""
     device = jax.devices()[0]
-    facts = facts_of(device)
+    facts = device_time.facts_of(device)
     bandwidth = args.bandwidth or BANDWIDTH.get(device.device_kind)
     batches = {"cold": range(args.runs), "warm": [0] * args.runs}
     for m, (k, n) in itertools.product(args.m, args.size):
@@ -248,7 +230,7 @@ def measure(
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV that this has written."""
-    kinds = {name: str(kind) for name, kind in Row.__annotations__.items()}
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Row)}
 
     def value(name: str, text: str) -> Any:
         if not text and kinds[name].endswith("None"):
@@ -444,7 +426,7 @@ def measure_network(args: argparse.Namespace, console: rich.console.Console) -> 
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(gpu_network.Row)])
         writer.writeheader()
-        for row in gpu_network.measure(facts_of(jax.devices()[0]), backend=backend, **sizes):
+        for row in gpu_network.measure(device_time.facts_of(jax.devices()[0]), backend=backend, **sizes):
             writer.writerow(dataclasses.asdict(row))
             file.flush()
             used, device_us = row.bitlayers or "", "" if row.device_us is None else f"{row.device_us:.1f}"

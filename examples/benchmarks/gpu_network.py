@@ -32,14 +32,9 @@ _CALLS = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(device_time.Facts):
     """One line of the output."""
 
-    date: str
-    device: str
-    jax: str
-    jaxlib: str
-    platform_version: str
     method: str  # "f32", "bf16" or "bitlayers"
     bitlayers: int | None
     backend: str

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import _triton_codes, contract, epilogue, limbs
 
-_HALF = 128  # what makes 0..255 signed
+HALF = 128  # what makes 0..255 signed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ _BLOCK_ROWS = 64
 _BLOCK_WORDS = 4
 _MAX_LIMBS = 2  # 64 registers each
 _MAX_COMPARED_ROWS = 2048  # for as many rows 4 million comparisons
-_MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
+MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
 def config_for(problem: contract.Problem) -> Config:
@@ -65,7 +65,7 @@ def config_for(problem: contract.Problem) -> Config:
         block_n = _BLOCK_N if num_sums == 1 else _BLOCK_N // 2
     else:
         programs = pl.cdiv(problem.n, _BLOCK_N) * pl.cdiv(problem.m, _BLOCK_ROWS)
-        parts = min(pl.cdiv(_MIN_PROGRAMS, programs), pl.cdiv(segment_words, block_words))
+        parts = min(pl.cdiv(MIN_PROGRAMS, programs), pl.cdiv(segment_words, block_words))
         if parts == 1 and num_sums <= _MAX_LIMBS and len(problem.segments) == 1:
             parts = None
     return Config(
@@ -120,13 +120,13 @@ def _sorted_matmul(
     interpret: bool,
 ) -> jax.Array:
     parts = limbs.split(codes, problem.activation_limbs)
-    row_sums = _row_sums(problem, parts)
+    row_sums = sum_rows(problem, parts)
     # What its first and last words are, of each segment, and its first segment, of each group; one more ends the last.
-    spans = _spans(problem)
+    spans = segment_spans(problem)
     first_segment = np.searchsorted([group for group, _, _ in problem.segments], np.arange(problem.groups + 1))
     split = config.parts is not None
     if config.parts is not None:
-        spans = _split_spans(spans, config.block_words, config.parts)
+        spans = split_spans(spans, config.block_words, config.parts)
         num_sums = len(problem.code_limbs) * problem.activation_limbs
         out_shape = jax.ShapeDtypeStruct((len(spans), num_sums, problem.m, problem.n), jnp.int32)
     else:
@@ -146,7 +146,7 @@ def _sorted_matmul(
     )(
         jnp.asarray(spans),
         jnp.asarray(first_segment.astype(np.int32)),
-        _triton_codes.arrange(_signed(parts)),
+        _triton_codes.arrange(signed(parts)),
         row_sums,
         bitlayers,
         words,
@@ -160,81 +160,18 @@ def _sorted_matmul(
     return epilogue.scale_segments(problem, centred, scale, bitlayers)
 
 
-def num_sums(problem: contract.Problem, config: Config, *, sweep: bool = False) -> int:
+def num_sums(problem: contract.Problem, config: Config) -> int:
     """Integers that the programs write and XLA adds."""
-    num_parts = len(problem.segments) * (_sweep_parts(problem, config) if sweep else config.parts or 0)
-    num_codes = problem.bits if sweep else len(problem.code_limbs)
-    return num_parts * num_codes * problem.activation_limbs * problem.m * problem.n
+    num_parts = len(problem.segments) * (config.parts or 0)
+    return num_parts * len(problem.code_limbs) * problem.activation_limbs * problem.m * problem.n
 
 
-def prefixes(
-    problem: contract.Problem,
-    codes: jax.Array,
-    words: jax.Array,
-    scale: jax.Array,
-    limit: jax.Array,
-    *,
-    config: Config,
-    interpret: bool,
-) -> jax.Array:
-    """The product at every number of bitlayers, each word read once for a block of rows.
-
-    A program multiplies by the bits of one bitlayer alone, which XLA weights and adds up: what a product at one count
-    unpacks to codes of 8 bits would take as many accumulators as there are counts.
-
-    Args:
-      problem: the product.
-      codes: int32[m, 32 * num_words], 0 past k.
-      words: uint32[bits, num_words, n].
-      scale: f32[min(bits, 4), groups, n].
-      limit: int32[], bitlayers from here on are not read, and counts past it hold anything.
-      config: how it is cut.
-      interpret: run on the CPU, as JAX operations.
-
-    Returns:
-      f32[bits, m, n].
-    """
-    limb_codes = limbs.split(codes, problem.activation_limbs)
-    row_sums = _row_sums(problem, limb_codes)
-    parts = _sweep_parts(problem, config)
-    spans = _split_spans(_spans(problem), config.block_words, parts)
-    sums = _compat.triton_call(
-        functools.partial(_sweep_kernel, problem=problem, config=config, num_spans=len(spans)),
-        name="bit_matmul_int8_sweep",
-        grid=(
-            pl.cdiv(problem.n, config.block_n),
-            pl.cdiv(problem.m, config.block_rows),
-            len(spans) * problem.bits,
-        ),
-        out_shape=jax.ShapeDtypeStruct(
-            (problem.bits, len(spans), problem.activation_limbs, problem.m, problem.n), jnp.int32
-        ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        interpret=interpret,
-    )(jnp.asarray(spans), _triton_codes.arrange(_signed(limb_codes)), limit[None], words)
-    sums = sums.reshape(problem.bits, len(problem.segments), parts, *sums.shape[2:]).sum(axis=2)
-    centred = 2 * sums + row_sums[None, ..., None]  # of q . (2 * bit - 1)
-    running = []
-    for i in range(problem.bits):
-        begins = i % contract.LIMB_BITS == 0
-        running.append(centred[i] if begins else 2 * running[-1] + centred[i])
-    return epilogue.scale_prefixes(problem, jnp.stack(running, axis=1), scale)
-
-
-def _sweep_parts(problem: contract.Problem, config: Config) -> int:
-    """Programs that share the words of one bitlayer and segment."""
-    programs = pl.cdiv(problem.n, config.block_n) * pl.cdiv(problem.m, config.block_rows) * problem.bits
-    segment_words = max(stop - start for _, start, stop in problem.segments)
-    return min(pl.cdiv(_MIN_PROGRAMS, programs), pl.cdiv(segment_words, config.block_words))
-
-
-def _spans(problem: contract.Problem) -> np.ndarray:
+def segment_spans(problem: contract.Problem) -> np.ndarray:
     """int32[segments, 2], first and last words."""
     return np.array([(start, stop) for _, start, stop in problem.segments], np.int32)
 
 
-def _row_sums(problem: contract.Problem, limb_codes: jax.Array) -> jax.Array:
+def sum_rows(problem: contract.Problem, limb_codes: jax.Array) -> jax.Array:
     """int32[limbs, m, 32 * num_words] -> int32[segments, limbs, m]."""
     return jnp.stack(
         [
@@ -244,7 +181,7 @@ def _row_sums(problem: contract.Problem, limb_codes: jax.Array) -> jax.Array:
     )
 
 
-def _split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
+def split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
     """Each segment in as many parts of whole blocks of words; the last may be short, or empty."""
     part_words = block_words * pl.cdiv(pl.cdiv(int(np.max(np.diff(spans))), block_words), parts)
     first = spans[:, :1] + part_words * np.arange(parts)
@@ -252,9 +189,9 @@ def _split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
     return np.stack([np.minimum(first, stop), stop], axis=-1).reshape(-1, 2).astype(np.int32)
 
 
-def _signed(parts: jax.Array) -> jax.Array:
+def signed(parts: jax.Array) -> jax.Array:
     """int32[limbs, m, k] -> int8, all but the first limb less 128."""
-    return jnp.concatenate([parts[:1], parts[1:] - _HALF]).astype(jnp.int8)
+    return jnp.concatenate([parts[:1], parts[1:] - HALF]).astype(jnp.int8)
 
 
 def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, problem: contract.Problem, config: Config):
@@ -283,9 +220,9 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         channels=channels,
         inside=inside,
         num_words=config.block_words,
-        is_even=_is_even(problem, config),
+        is_even=is_even(problem, config),
     )
-    load_rows = functools.partial(_load_rows, x, problem, config, rows, row_inside)
+    load_rows = functools.partial(load_activations, x, problem, config, rows, row_inside)
     zero = jnp.zeros((config.block_rows, config.block_n), jnp.float32)
 
     def limb_sums(first, last, count, span, group):
@@ -300,7 +237,7 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
             bitlayers = load_words(block, stop, first, last - first, used)
             if any(group):
                 for j, word in enumerate(bitlayers):
-                    ones = ones + (_population_count(word) << (contract.LIMB_BITS - 1 - j))
+                    ones = ones + (_compat.triton_population_count(word) << (contract.LIMB_BITS - 1 - j))
             values = _triton_codes.signed(bitlayers)
             sums = tuple(
                 total + jnp.dot(load_rows(a, block, stop), values, preferred_element_type=jnp.int32)
@@ -312,8 +249,8 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         ones = jnp.zeros((config.block_words, config.block_n), jnp.int32)
         sums, ones = lax.fori_loop(0, num_blocks, add_block, (sums, ones))
         # of c8 - 128, over the blocks as they were loaded
-        code_sum = jnp.sum(ones, axis=0) - _HALF * contract.WORD_BITS * config.block_words * num_blocks
-        sums = [total + _HALF * code_sum[None, :] if a else total for a, total in zip(group, sums, strict=True)]
+        code_sum = jnp.sum(ones, axis=0) - HALF * contract.WORD_BITS * config.block_words * num_blocks
+        sums = [total + HALF * code_sum[None, :] if a else total for a, total in zip(group, sums, strict=True)]
         return [total >> (contract.LIMB_BITS - used) for total in sums]
 
     groups_of_limbs = [
@@ -391,90 +328,16 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
     lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
 
 
-def _sweep_kernel(spans, x, limit, words, out, *, problem: contract.Problem, config: Config, num_spans: int):
-    """One block of channels, one block of rows, and one bitlayer of one part of the words.
-
-    Args:
-      spans: [parts, 2] int32
-      x: [activation limbs, m, 32 * num_words] int8
-      limit: [1] int32
-      words: [bits, num_words, n] uint32
-      out: [bits, parts, activation limbs, m, n] int32
-      problem: the product.
-      config: how it is cut.
-      num_spans: parts of all segments.
-    """
-    first_channel, first_row, _ = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
-    rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
-    row_inside = _triton_codes.inside(first_row, config.block_rows, problem.m)
-    inside = _triton_codes.inside(first_channel, config.block_n, problem.n)
-    part, bitlayer = pl.program_id(2) % num_spans, pl.program_id(2) // num_spans
-    start, stop = spans[part, 0], spans[part, 1]
-    num_blocks = jnp.where(bitlayer < limit[0], pl.cdiv(stop - start, config.block_words), 0)
-    limbs_at_once = range(0, problem.activation_limbs, config.limbs)
-    masks = [] if row_inside is None else [row_inside[:, None]]
-    masks += [] if inside is None else [inside[None, :]]
-    mask = _triton_codes.all_of((config.block_rows, config.block_n), masks)
-
-    for first_limb in limbs_at_once:
-        group = range(first_limb, min(first_limb + config.limbs, problem.activation_limbs))
-
-        def add_block(i, state, group=group):
-            sums, ones = state
-            block = start + i * config.block_words
-            (word,) = _triton_codes.load_words(
-                words,
-                block,
-                stop,
-                bitlayer,
-                1,
-                1,
-                channels=channels,
-                inside=inside,
-                num_words=config.block_words,
-                is_even=_is_even(problem, config),
-            )
-            if any(group):
-                ones = ones + _population_count(word)
-            values = _triton_codes.signed([word])  # 0, or -128 where the bit is 0
-            sums = tuple(
-                total
-                + jnp.dot(
-                    _load_rows(x, problem, config, rows, row_inside, a, block, stop),
-                    values,
-                    preferred_element_type=jnp.int32,
-                )
-                for a, total in zip(group, sums, strict=True)
-            )
-            return sums, ones
-
-        zero = jnp.zeros((config.block_rows, config.block_n), jnp.int32)
-        ones = jnp.zeros((config.block_words, config.block_n), jnp.int32)
-        sums, ones = lax.fori_loop(0, num_blocks, add_block, ((zero,) * len(group), ones))
-        # of bit - 1, over the blocks as they were loaded
-        bit_sum = jnp.sum(ones, axis=0) - contract.WORD_BITS * config.block_words * num_blocks
-        for a, total in zip(group, sums, strict=True):
-            total = total >> (contract.LIMB_BITS - 1)
-            if a:
-                total = total + _HALF * bit_sum[None, :]
-            _compat.triton_store(out.at[bitlayer, part, jnp.int32(a), rows, channels], total, mask=mask)
-
-
-def _load_rows(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:
+def load_activations(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:
     """int8[block_rows, 32 * block_words] of limb a; where there is no activation, what stands for zero."""
     k = config.block_words * contract.WORD_BITS
     masks = [] if row_inside is None else [row_inside[:, None]]
-    if not _is_even(problem, config):
+    if not is_even(problem, config):
         masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
     ref = x.at[jnp.int32(a), rows, pl.ds(start * contract.WORD_BITS, k)]
-    return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -_HALF)
+    return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -HALF)
 
 
-def _is_even(problem: contract.Problem, config: Config) -> bool:
+def is_even(problem: contract.Problem, config: Config) -> bool:
     """Every segment, or part of one, consists of whole blocks of words."""
     return all((stop - start) % config.block_words == 0 for _, start, stop in problem.segments)
-
-
-def _population_count(word: jax.Array) -> jax.Array:
-    """Of the signed type: Pallas-Triton gives the unsigned one to `math.ctpop`, which Triton does not lower."""
-    return lax.population_count(word.astype(jnp.int32))

@@ -264,14 +264,9 @@ def _weighted_count(columns: list[list[jax.Array]], keep: int) -> jax.Array:
             if weight + 1 == len(columns):
                 columns.append([])
             columns[weight + 1].append((either & c) | (a & b))  # of all forms, the one that ptxas does in fewest LOP3
-        counts = [_population_count(word) for word in column]
+        counts = [_compat.triton_population_count(word) for word in column]
         weighted.append(sum(counts[1:], start=counts[0]) << weight)
     return sum(weighted[1:], start=weighted[0])
-
-
-def _population_count(word: jax.Array) -> jax.Array:
-    """Of the signed type: Pallas-Triton gives the unsigned one to `math.ctpop`, which Triton does not lower."""
-    return lax.population_count(word.astype(jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 One `mma` counts the bits that 16 channels of one bitlayer and the 8 bits of one limb of one row have in common, over
 256 k. Native on Hopper (sm_90); sm_100 and later emulate it, still exactly. The kernel (`_mosaic_kernel`) returns exact
-integers; what surrounds it here is XLA: activations are packed into the registers' order before, and after it the
-splits of k are added, and limbs become floats as in every backend (`epilogue`).
+integers. Rows are quantized and packed into the registers' order before it, in one kernel (`_triton_pack`, or by XLA
+where codes are given); after it XLA adds the splits of k, and limbs become floats as in every backend (`epilogue`).
 
 k is split among the 4 warps of a program, which add their sums in shared memory, and among programs, whose sums XLA
 adds: integers, so exact in any order, without atomics or a zeroed output. What this writes and reads again is

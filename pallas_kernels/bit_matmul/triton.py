@@ -3,8 +3,8 @@
 Few rows of fixed point go to `_triton_serial`, which works on the words themselves, many to `_triton_int8`, which
 unpacks words for the int8 tensor core; both sum the same integers, so which one runs never shows. Float activations go
 to `_triton_dot`, which unpacks words for the bfloat16 tensor core, or, for very many rows, to `_triton_unpack`, which
-unpacks them once for a dot of XLA's. `matmul` and `prefixes` are those of the contract;
-`interpret` runs their kernels on the CPU, as JAX operations.
+unpacks them once for a dot of XLA's. Sweeps of many rows go to `_triton_int8_sweep` and `_triton_dot`. `matmul` and
+`prefixes` are those of the contract; `interpret` runs their kernels on the CPU, as JAX operations.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jax import lax
 from pallas_kernels.bit_matmul import (
     _triton_dot,
     _triton_int8,
+    _triton_int8_sweep,
     _triton_serial,
     _triton_unpack,
     activations,
@@ -190,8 +191,8 @@ def prefixes(
         counts = jnp.arange(1, problem.bits + 1, dtype=jnp.int32)
         scales = jax.vmap(epilogue.scale_rows, in_axes=(1, None), out_axes=1)(scale, counts)  # [bits, groups, n]
         return jnp.sum(sums * scales[:, :, None], axis=1)
-    if problem.groups == 1 and _triton_int8.num_sums(problem, config, sweep=True) <= _MAX_SUMS:
-        return _triton_int8.prefixes(problem, x, words, scale, limit, config=config, interpret=interpret)
+    if problem.groups == 1 and _triton_int8_sweep.num_sums(problem, config) <= _MAX_SUMS:
+        return _triton_int8_sweep.prefixes(problem, x, words, scale, limit, config=config, interpret=interpret)
 
     def fill(i, out):
         y = _matmul(problem, x, words, scale, jnp.full((problem.m,), i + 1, jnp.int32), config, interpret)
