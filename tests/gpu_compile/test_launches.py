@@ -56,7 +56,7 @@ def test_many_rows():
 def launches_of_product(backend: str, m: int, width: int, k: int) -> tuple[machine_code.Launch, ...]:
     """All of `pbjax.matmul` but its checks."""
     problem = contract.Problem(m=m, k=k, n=4096, bits=8, group_size=None, activation_bits=width)
-    run = functools.partial(_partition._of_rows, _backends.BACKENDS[backend], problem, False)
+    run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, False)
     return machine_code.compile_launches(run, *described(problem), gpu="h200")
 
 
@@ -82,7 +82,7 @@ def test_a_network_is_one_graph(backend):
 def launches_of_networks(backend: str) -> list[tuple[machine_code.Launch, ...]]:
     """Two layers with default flags and without graphs, one layer with default flags and with small graphs."""
     problem = contract.Problem(m=1, k=256, n=256, bits=8, group_size=None, activation_bits=16)
-    run = functools.partial(_partition._of_rows, _backends.BACKENDS[backend], problem, False)
+    run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, False)
 
     def network(x, *weights):
         return run(jax.nn.relu(run(x, *weights)), *weights)
