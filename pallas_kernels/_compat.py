@@ -63,3 +63,8 @@ def triton_call(
 
 triton_load = pallas_triton.load
 triton_store = pallas_triton.store
+
+
+def triton_population_count(word: jax.Array) -> jax.Array:
+    """Of the signed type: Pallas-Triton gives the unsigned one to `math.ctpop`, which Triton does not lower."""
+    return lax.population_count(word.astype(jnp.int32))

@@ -70,7 +70,10 @@ def _of_rows(
         run = functools.partial(backend.prefixes if prefixes else backend.matmul, local)
         if backend.whole:
             return run
-        return lambda x, *weight: on_codes(lambda codes: run(codes, *weight), x, problem.activation_bits)
+        quantize = functools.partial(backend.quantize_rows, local) if backend.quantize_rows else None
+        return lambda x, *weight: on_codes(
+            lambda codes: run(codes, *weight), x, problem.activation_bits, quantize=quantize
+        )
 
     shape = (local.bits,) * prefixes + (local.m, local.n)
     return run_chosen(choice, implementation, (x, words, scale, counts), jax.ShapeDtypeStruct(shape, jnp.float32))

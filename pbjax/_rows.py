@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bit_matmul import activations
 
 
 def on_codes(
-    run: Callable[[jax.Array], jax.Array], x: jax.Array, activation_bits: int | None, axes: tuple[str, ...] = ()
+    run: Callable[[Any], jax.Array],
+    x: jax.Array,
+    activation_bits: int | None,
+    axes: tuple[str, ...] = (),
+    quantize: Callable[[jax.Array], tuple[Any, jax.Array, jax.Array]] | None = None,
 ) -> jax.Array:
     """run(codes) of the codes of each row, times the step of the row, and NaN for rows that are not finite.
 
@@ -21,21 +25,26 @@ def on_codes(
       x: float[m, k].
       activation_bits: width of the codes, or None for float activations.
       axes: mesh axes over which each device holds a part of k.
+      quantize: codes in the form that `run` takes, unit and poison of each row; None is `activations.quantize_rows`.
 
     Returns:
       f32[.., m, n].
     """
     if activation_bits is None:
         x, _, finite = activations.finite_rows(x, axes)
-        y = run(x)
+        y, poison = run(x), activations.poison(finite)
     else:
-        codes, unit, finite = activations.quantize_rows(x, activation_bits, axes)
+        if quantize:
+            codes, unit, poison = quantize(x)
+        else:
+            codes, unit, finite = activations.quantize_rows(x, activation_bits, axes)
+            poison = activations.poison(finite)
         y = run(codes)
         # The barriers keep the sequence of roundings: behind them a compiler sees neither that the factor is a constant
         # (it would multiply it with the scale first) nor that zero is added. The addition takes the place of the one
         # that the compiler would fuse with this multiplication, rounding once: a bias of the caller's.
         y = y * _per_row(lax.optimization_barrier(unit), y.ndim)
-    return y + _per_row(lax.optimization_barrier(jnp.where(finite, 0.0, jnp.nan)), y.ndim)
+    return y + _per_row(lax.optimization_barrier(poison), y.ndim)
 
 
 def _per_row(value: jax.Array, rank: int) -> jax.Array:

@@ -321,13 +321,22 @@ class TestBenchmarkGpu:
     def test_rows_plot_and_summary(self, benchmark_gpu, tmp_path, capsys):
         output = tmp_path / "new" / "gpu.csv"
         with jax.numpy_dtype_promotion("standard"):  # of the baselines: int8 codes times float scales
-            rows = benchmark_gpu.main(["--smoke", "--runs", "2", "--bandwidth", "1e12", "--output", str(output)])
+            arguments = ["--smoke", "--runs", "2", "--bandwidth", "1e12", "--output", str(output)]
+            rows = benchmark_gpu.main(arguments)
+            assert benchmark_gpu.read_rows(output) == rows
+            assert benchmark_gpu.main([*arguments, "--resume"]) == rows  # nothing is left to measure
         lines = list(csv.DictReader(output.read_text().splitlines()))
         assert list(lines[0]) == [field.name for field in dataclasses.fields(benchmark_gpu.Row)]
-        # 4 baselines, 8 numbers of bitlayers and a sweep at three widths, cold and warm
-        assert len(lines) == len(rows) == 2 * (4 + 3 * 9)
+        # f32 and bf16 in three ways, int8 and int4; 8 numbers of bitlayers and a sweep at three widths; cold and warm
+        assert len(lines) == len(rows) == 2 * (8 + 3 * 9)
         assert {row.l2 for row in rows} == {"cold", "warm"}
         assert {row.clock for row in rows} == {"wall"}  # no kernels of a GPU here
+        for l2 in ("cold", "warm"):
+            assert max(row.speedup_over_bf16 for row in rows if (row.method, row.l2) == ("bf16", l2)) == 1
+        network = list(csv.DictReader((tmp_path / "new" / "gpu_network.csv").read_text().splitlines()))
+        assert [line["method"] for line in network] == ["f32"] * 3 + ["bf16"] * 3 + ["bitlayers"] * 6
+        assert {line["graphs"] for line in network} == {"as XLA decides", "everything", "nothing"}
+        assert all(float(line["latency_us"]) > 0 and line["device_us"] == "" for line in network)
         for row in rows:
             assert row.median_us > 0
             assert row.fraction_of_limit == pytest.approx(row.bytes / 1e6 / row.median_us, rel=0.01, abs=1e-4)
@@ -371,4 +380,9 @@ class TestBenchmarkGpu:
         with jax.profiler.trace(tmp_path):
             jax.block_until_ready(jax.numpy.ones(3) + 1)
         assert list(tmp_path.rglob("*.xplane.pb"))
-        assert device_time.kernel_durations(tmp_path) == []
+        assert device_time.kernel_events(tmp_path) == []
+
+    def test_a_pause_of_the_device_ends_a_batch(self, device_time):
+        events = [(0.0, 5.0), (6.0, 1.0), (20.0, 2.0), (21.0, 9.0), (32.0, 1.0)]
+        assert device_time.split_batches(events, pause_us=10) == [[5.0, 1.0], [2.0, 9.0, 1.0]]
+        assert device_time.split_batches([], pause_us=10) == []

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pbjax
-from pallas_kernels.bit_matmul import mosaic, triton, xla
+from pallas_kernels.bit_matmul import activations, mosaic, triton, xla
 from pbjax import _backends
 from tests import test_product
 
@@ -88,6 +88,24 @@ def test_large_products_have_the_bits_of_xla_on_the_cpu(problem, backend, seed):
     product = jax.jit(functools.partial(KERNELS[backend].matmul, problem))
     for _ in range(3):  # a race between warps shows in some runs only
         np.testing.assert_array_equal(product(*args), expected)
+
+
+@each_kernel
+@pytest.mark.parametrize(("m", "width", "k"), [(1, 8, 4096), (1, 16, 14336), (1, 24, 28672), (4, 8, 4001)])
+def test_rows_are_packed_as_by_xla(m, width, k, backend, seed):
+    """The product of rows packed in one kernel has the bits of that of codes from XLA on the CPU."""
+    problem = large(m, width, k=k, n=512)
+    skip_unless_it_runs(backend, problem)
+    _, words, scale, counts = large_operands(problem, seed)
+    x = jax.random.normal(jax.random.key(seed), (m, k)) * 2.0 ** np.random.default_rng(seed).integers(-90, 90)
+    with jax.default_device(jax.devices("cpu")[0]):
+        codes, unit, _ = activations.quantize_rows(jnp.asarray(np.asarray(x)), width)
+        expected = np.asarray(xla.matmul(problem, codes, *map(np.asarray, (words, scale, counts))))
+    packed, of_rows, poison = jax.jit(functools.partial(KERNELS[backend].quantize_rows, problem))(x)
+    np.testing.assert_array_equal(of_rows, unit)
+    np.testing.assert_array_equal(poison, 0)
+    y = jax.jit(functools.partial(KERNELS[backend].matmul, problem))(packed, words, scale, counts)
+    np.testing.assert_array_equal(y, expected)
 
 
 @each_kernel

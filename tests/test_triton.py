@@ -115,7 +115,11 @@ def test_fixed_point_has_the_bits_of_the_reference(case):
 
 
 @pytest.mark.parametrize(
-    "case", [EXACT[name] for name in ("rows_past_a_block", "two_words_at_a_time", "short_last_group")]
+    "case",
+    [FIXED_POINT[name] for name in ("rows_past_a_block", "two_words_at_a_time", "short_last_group")]
+    + [MANY_ROWS[name] for name in ("two_limbs_of_both", "more_parts_than_blocks", "two_segments", "groups_of_a_word")]
+    + [Case(m=5, k=31, n=3, bits=8, activation_bits=24, cut=SMALL)],
+    ids=str,
 )
 def test_all_prefixes_have_the_bits_of_the_reference(case):
     """What lies beyond the limit is not looked at."""
@@ -198,11 +202,13 @@ def test_float_activations(case, dtype):
     assert_close(case, product(*args), *args)
 
 
-def test_all_prefixes_of_float_activations():
-    case = FLOAT["two_code_limbs"]
+@pytest.mark.parametrize("case", ["two_code_limbs", "short_last_group", "dot_of_xla"])
+def test_all_prefixes_of_float_activations(case):
+    case = FLOAT[case]
+    limit = case.bits - 2 if case.bits > 3 else case.bits
     x, words, scale, _ = float_operands(case, jnp.float32)
-    sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, interpret=True))(x, words, scale, jnp.int32(9))
-    for i in range(9):
+    sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, interpret=True))(x, words, scale, jnp.int32(limit))
+    for i in range(limit):
         assert_close(case, sweep[i], x, words, scale, jnp.full((case.m,), i + 1, jnp.int32))
 
 

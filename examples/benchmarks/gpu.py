@@ -4,20 +4,23 @@
 
 1. `pytest -m gpu`: the kernels give the bits of the oracle on fresh random inputs. If not, nothing is timed.
 2. compute-sanitizer over one product of each kernel, where it is installed.
-3. Times on the device's own clock, of pbjax at every number of bitlayers and as a sweep, and of XLA's products: the
-   weights cold (copies take turns that are larger than the L2 cache together) and warm (one copy). Shapes come in order
-   of interest, few rows first, until the time is used up; what was left out is said.
+3. A whole network for one image, in CUDA graphs and out of them (`gpu_network`).
+4. Times on the device's own clock, of pbjax at every number of bitlayers and as a sweep, and of XLA's products as one
+   would tune them (`gpu_baselines`): the weights cold (copies take turns that are larger than the L2 cache together)
+   and warm (one copy). Shapes come in order of interest, few rows first, until the time is used up.
 
-Writes rows of CSV, prints a summary, and draws a plot beside the CSV. `--smoke` goes through step 3 with tiny shapes on
-whatever device there is, to try the program out; its times mean nothing.
+That is some 2,700 times of 40 shapes. Programs of a shape are compiled side by side, and its times are taken in one
+profile and written at once; what was left out is said, and `--resume` goes on where the CSV ends. Then it prints a
+summary, and draws a plot beside the CSV. `--smoke` goes through steps 3 and 4 with tiny shapes on whatever device there
+is, to try the program out; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import csv
 import dataclasses
-import datetime
 import functools
 import importlib.util
 import itertools
@@ -27,13 +30,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import device_time
+import gpu_baselines
+import gpu_network
 import jax
 import jax.numpy as jnp
-import jaxlib
 import matplotlib.figure
 import rich.console
 import rich.table
@@ -44,7 +49,6 @@ BITS = 8
 ROWS = (1, 8, 64, 16, 2, 4, 32, 256)  # in order of interest
 SIZES = ((8192, 8192), (4096, 4096), (8192, 28672), (4096, 14336), (14336, 4096))
 WIDTHS = (16, 8, None)
-BASELINES = ("f32", "bf16", "int8", "int4")
 # Bytes per second, from NVIDIA's data sheets, by what JAX calls the device.
 BANDWIDTH = {
     "NVIDIA A100-SXM4-40GB": 1.555e12,
@@ -62,21 +66,16 @@ NO_GPU = "this benchmark needs an NVIDIA GPU that JAX can use, and found none; -
 class Method:
     """One thing that is timed; None where a field does not apply."""
 
-    name: str  # one of BASELINES, "bitlayers", or "sweep" for every number of them in one call
+    name: str  # one of `gpu_baselines.NAMES`, "bitlayers", or "sweep" for every number of them in one call
     bitlayers: int | None = None
     activation_bits: int | None = None
-    backend: str = "dot"
+    backend: str  # of pbjax, or the variant of a baseline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(device_time.Facts):
     """One line of the output."""
 
-    date: str
-    device: str
-    jax: str
-    jaxlib: str
-    platform_version: str
     m: int
     k: int
     n: int
@@ -95,20 +94,47 @@ class Row:
     wall_us: float
     bytes: int
     fraction_of_limit: float | None  # of the time that the bytes take at the bandwidth of the data sheet
+    speedup_over_f32: float  # over the fastest of its variants
     speedup_over_bf16: float
 
 
-Run = Callable[[int], jax.Array]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """A program and the operands of its calls, which take turns.
+
+    Attributes:
+      program: jitted.
+      rows: of activations.
+      weights: as many copies as it takes to find them outside of the cache.
+      rest: other operands.
+      bytes: that one call must read and write.
+    """
+
+    program: Any
+    rows: jax.Array
+    weights: Sequence[Any]
+    rest: tuple[jax.Array, ...] = ()
+    bytes: int
+
+    def operands(self, i: int) -> tuple[Any, ...]:
+        """Of call number i."""
+        return self.rows, self.weights[i % len(self.weights)], *self.rest
 
 
-def make_runs(m: int, k: int, n: int, *, copies: int, backend: str | None) -> Iterator[tuple[Method, Run, int]]:
-    """(what, call number i, bytes it must read and write) of everything at one shape."""
+def make_calls(m: int, k: int, n: int, *, copies: int, backend: str | None) -> dict[Method, Call]:
+    """Everything at one shape."""
     x_key, w_key = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(x_key, (m, k), jnp.float32), jax.random.normal(w_key, (k, n), jnp.float32)
     rest = 4 * m * (k + n)
-    yield from _baselines(x, w, copies, rest)
+    calls = {}
+    for way in gpu_baselines.all_of(x, w):
+        calls[Method(name=way.name, backend=way.variant)] = Call(
+            program=jax.jit(way.fn, compiler_options=way.options),
+            rows=way.rows,
+            weights=_copies(way.weight, copies, way.weight_bytes),
+            bytes=way.weight_bytes + rest,
+        )
     packed = _copies(pbjax.quantize({"kernel": w}, BITS)["kernel"], copies, BITS * k * n // 8)
-    del w
     for width in WIDTHS:
         problem = pbjax.Problem(m=m, k=k, n=n, bits=BITS, group_size=None, activation_bits=width)
         name = backend or kernel_backend(problem)
@@ -116,50 +142,30 @@ def make_runs(m: int, k: int, n: int, *, copies: int, backend: str | None) -> It
         def product(x, packed, used, width=width, name=name):
             return pbjax.matmul(x, packed, bitlayers=used, activation_bits=width, backend=name)
 
-        run, sweep = jax.jit(product), jax.jit(jax.vmap(product, in_axes=(None, None, 0)))
+        of = functools.partial(Method, activation_bits=width, backend=name)
         rows = x.astype(jnp.bfloat16) if width is None else x
+        run, sweep = jax.jit(product), jax.jit(jax.vmap(product, in_axes=(None, None, 0)))
         for used in range(1, BITS + 1):
-            method = Method(name="bitlayers", bitlayers=used, activation_bits=width, backend=name)
-            count = jnp.int32(used)
-            yield (
-                method,
-                lambda i, r=rows, c=count, run=run: run(r, packed[i % len(packed)], c),
-                used * k * n // 8 + rest,
+            calls[of(name="bitlayers", bitlayers=used)] = Call(
+                program=run, rows=rows, weights=packed, rest=(jnp.int32(used),), bytes=used * k * n // 8 + rest
             )
-        method = Method(name="sweep", bitlayers=BITS, activation_bits=width, backend=name)
-        counts = jnp.arange(1, BITS + 1)
         size = BITS * k * n // 8 + rest + 4 * (BITS - 1) * m * n
-        yield method, lambda i, r=rows, c=counts, run=sweep: run(r, packed[i % len(packed)], c), size
+        counts = jnp.arange(1, BITS + 1)
+        calls[of(name="sweep", bitlayers=BITS)] = Call(
+            program=sweep, rows=rows, weights=packed, rest=(counts,), bytes=size
+        )
+    return calls
 
 
-def _baselines(x: jax.Array, w: jax.Array, copies: int, rest: int) -> Iterator[tuple[Method, Run, int]]:
-    k, n = w.shape
-    scale = jnp.abs(w).max(axis=0, keepdims=True)
-    codes = {bits: jnp.rint(w / scale * (2 ** (bits - 1) - 1)) for bits in (8, 4)}
-
-    @jax.jit
-    def float_dot(x, w):
-        return jnp.dot(x, w, precision="highest")
-
-    @jax.jit
-    def int8_dot(x, w):
-        step = jnp.abs(x).max(axis=1, keepdims=True) / 127
-        sums = jax.lax.dot(jnp.rint(x / step).astype(jnp.int8), w, preferred_element_type=jnp.int32)
-        return sums.astype(jnp.float32) * step * (scale / 127)
-
-    @jax.jit
-    def int4_dot(x, w):
-        return jnp.dot(x, w.astype(jnp.bfloat16), preferred_element_type=jnp.float32) * (scale / 7)
-
-    half = x.astype(jnp.bfloat16)
-    for name, run, rows, weight, size in (
-        ("f32", float_dot, x, w, 4 * k * n),
-        ("bf16", float_dot, half, w.astype(jnp.bfloat16), 2 * k * n),
-        ("int8", int8_dot, x, codes[8].astype(jnp.int8), k * n),
-        ("int4", int4_dot, half, codes[4].astype(jnp.int4), k * n // 2),
-    ):
-        weights = _copies(weight, copies, size)
-        yield Method(name=name), lambda i, r=rows, w=weights, run=run: run(r, w[i % len(w)]), size + rest
+def compile_all(calls: Mapping[Method, Call]) -> dict[Method, Callable[[int], jax.Array]]:
+    """Call number i of each, compiled side by side: on a machine with a GPU, most of the time goes here otherwise."""
+    lowered = {call.program: call.program.lower(*call.operands(0)) for call in calls.values()}
+    with concurrent.futures.ThreadPoolExecutor(min(len(lowered), os.cpu_count() or 1)) as pool:
+        compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+    return {
+        method: lambda i, call=call, run=compiled[call.program]: run(*call.operands(i))
+        for method, call in calls.items()
+    }
 
 
 def _copies(weight, most: int, size: int) -> list:
@@ -178,29 +184,26 @@ def kernel_backend(problem: pbjax.Problem) -> str:
     return pbjax.select_backend(problem).name
 
 
-def measure(args: argparse.Namespace, deadline: float, skipped: list[str]) -> Iterator[list[Row]]:
-    """The rows of one shape after the other, until the deadline."""
+def measure(
+    args: argparse.Namespace, deadline: float, done: Collection[tuple[int, int, int]], skipped: list[str]
+) -> Iterator[list[Row]]:
+    """The rows of one shape after the other, but for those that are done, until the deadline."""
     device = jax.devices()[0]
-    facts = dict(
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        device=device.device_kind,
-        jax=jax.__version__,
-        jaxlib=jaxlib.__version__,
-        platform_version=" ".join(device.client.platform_version.split()),
-    )
+    facts = device_time.facts_of(device)
     bandwidth = args.bandwidth or BANDWIDTH.get(device.device_kind)
     batches = {"cold": range(args.runs), "warm": [0] * args.runs}
     for m, (k, n) in itertools.product(args.m, args.size):
+        if (m, k, n) in done:
+            continue
         if time.monotonic() > deadline:
             skipped.append(f"m={m} {k}x{n}")
             continue
-        runs = make_runs(m, k, n, copies=args.copies, backend=args.backend)
-        times = {
-            (method, l2): (taken, size)
-            for method, run, size in runs
-            for l2, taken in device_time.measure(run, batches).items()
+        calls = make_calls(m, k, n, copies=args.copies, backend=args.backend)
+        times = device_time.measure(compile_all(calls), batches)
+        best = {
+            (name, l2): min(times[method, l2].median_us for method in calls if method.name == name)
+            for name, l2 in itertools.product(gpu_baselines.COMPARED, batches)
         }
-        baselines = {l2: times[Method(name="bf16"), l2][0].median_us for l2 in batches}
         yield [
             Row(
                 **facts,
@@ -209,36 +212,57 @@ def measure(args: argparse.Namespace, deadline: float, skipped: list[str]) -> It
                 n=n,
                 l2=l2,
                 method=method.name,
-                bits=None if method.name in BASELINES else BITS,
+                bits=None if method.name in gpu_baselines.NAMES else BITS,
                 bitlayers=method.bitlayers,
                 activation_bits=method.activation_bits,
                 backend=method.backend,
                 **{name: round(v, 3) if isinstance(v, float) else v for name, v in dataclasses.asdict(taken).items()},
-                bytes=size,
-                fraction_of_limit=round(size / bandwidth * 1e6 / taken.median_us, 4) if bandwidth else None,
-                speedup_over_bf16=round(baselines[l2] / taken.median_us, 3),
+                bytes=calls[method].bytes,
+                fraction_of_limit=(
+                    round(calls[method].bytes / bandwidth * 1e6 / taken.median_us, 4) if bandwidth else None
+                ),
+                speedup_over_f32=round(best["f32", l2] / taken.median_us, 3),
+                speedup_over_bf16=round(best["bf16", l2] / taken.median_us, 3),
             )
-            for (method, l2), (taken, size) in times.items()
+            for (method, l2), taken in times.items()
         ]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV that this has written."""
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+
+    def value(name: str, text: str) -> Any:
+        if not text and kinds[name].endswith("None"):
+            return None
+        return {"int": int, "float": float, "str": str}[kinds[name].split(" ")[0]](text)
+
+    with path.open(newline="") as file:
+        return [Row(**{name: value(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]
 
 
 def make_table(rows: Sequence[Row]) -> rich.table.Table:
     """Speed-up over bf16, and for pbjax the fraction of the memory limit, cold: a line for each shape and width."""
     table = rich.table.Table(
-        title="speed relative to XLA's bf16 product, and fraction of the memory limit in %, weights not in the L2 cache"
+        title="speed over XLA's fastest bf16 product, and fraction of the memory limit in %; weights not in the cache"
     )
-    for name in ("m", "k x n", *(b for b in BASELINES if b != "bf16"), "A", *map(str, range(1, BITS + 1)), "sweep"):
+    others = [name for name in gpu_baselines.NAMES if name != "bf16"]
+    for name in ("m", "k x n", *others, "A", *map(str, range(1, BITS + 1)), "sweep"):
         table.add_column(name, justify="right")
     cold = [row for row in rows if row.l2 == "cold"]
     for m, k, n in dict.fromkeys((row.m, row.k, row.n) for row in cold):
         shape = [row for row in cold if (row.m, row.k, row.n) == (m, k, n)]
         cells = {(row.method, row.activation_bits, row.bitlayers): row for row in shape}
-        others = [f"{cells[name, None, None].speedup_over_bf16:.2f}" for name in BASELINES if name != "bf16"]
+        fastest = [max(row.speedup_over_bf16 for row in shape if row.method == name) for name in others]
         for width in WIDTHS:
             products = [cells["bitlayers", width, used] for used in range(1, BITS + 1)]
             products.append(cells["sweep", width, BITS])
             table.add_row(
-                str(m), f"{k} x {n}", *others, "float" if width is None else str(width), *map(_cell, products)
+                str(m),
+                f"{k} x {n}",
+                *(f"{speed:.2f}" for speed in fastest),
+                "float" if width is None else str(width),
+                *map(_cell, products),
             )
         table.add_section()
     return table
@@ -261,7 +285,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         used = [row.bitlayers for row in curve]
         left.plot(used, [row.speedup_over_bf16 for row in curve], marker="o", label=label)
         right.plot(used, [row.fraction_of_limit or float("nan") for row in curve], marker="o", label=label)
-    left.set(xlabel="bitlayers", ylabel="speed relative to XLA's bf16 product", title=f"{rows[0].device}, {few} row(s)")
+    left.set(
+        xlabel="bitlayers",
+        ylabel="speed relative to XLA's fastest bf16 product",
+        title=f"{rows[0].device}, {few} row(s)",
+    )
     left.axhline(1, color="gray", linewidth=1)
     right.set(xlabel="bitlayers", ylabel="fraction of the memory limit", ylim=(0, 1.05))
     right.legend(fontsize="x-small")
@@ -339,7 +367,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--m", type=int, nargs="+", default=list(ROWS), help="rows of activations, in order (default: %(default)s)")
     add("--runs", type=int, default=30, help="calls timed of each (default: %(default)s)")
     add("--bandwidth", type=float, help="bytes per second of the memory, for a device that is not known here")
-    add("--no-check", action="store_true", help="leaves out steps 1 and 2")
+    add("--resume", action="store_true", help="keeps the rows of --output and leaves out their shapes")
+    add("--no-check", action="store_true", help="leaves out steps 1 to 3")
     add("--smoke", action="store_true", help="tiny shapes, on any device")
     add("--one-of-each", action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer runs
     args = parser.parse_args(argv)
@@ -361,25 +390,49 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         raise SystemExit(NO_GPU)
     if not args.no_check and not (check_bits(console, 30 * args.minutes) and sanitize(console, 10 * args.minutes)):
         raise SystemExit("a check failed: nothing was timed")
-    rows: list[Row] = []
-    skipped: list[str] = []
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
+    if args.smoke or not args.no_check:
+        measure_network(args, console)
+    rows = read_rows(args.output) if args.resume and args.output.exists() else []
+    skipped: list[str] = []
+    with args.output.open("a" if rows else "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        for shape_rows in measure(args, started + 60 * args.minutes, skipped):
+        if not rows:
+            writer.writeheader()
+        done = {(row.m, row.k, row.n) for row in rows}
+        for shape_rows in measure(args, started + 60 * args.minutes, done, skipped):
             writer.writerows(map(dataclasses.asdict, shape_rows))
             file.flush()
             rows += shape_rows
-            console.print(
-                f"{time.monotonic() - started:5.0f} s  m={rows[-1].m} {rows[-1].k}x{rows[-1].n} {rows[-1].l2}"
-            )
+            console.print(f"{time.monotonic() - started:5.0f} s  m={rows[-1].m} {rows[-1].k}x{rows[-1].n}")
     if rows:
         console.print(make_table(rows))
         draw(rows, args.output.with_suffix(".png"))
     if skipped:
         console.print(f"not measured within {args.minutes:g} minutes: {', '.join(skipped)}")
     return rows
+
+
+def measure_network(args: argparse.Namespace, console: rich.console.Console) -> None:
+    """Step 3, into a CSV of its own beside the other."""
+    path = args.output.with_name(f"{args.output.stem}_network.csv")
+    backend = args.backend or kernel_backend(
+        pbjax.Problem(m=1, k=4096, n=4096, bits=BITS, group_size=None, activation_bits=16)
+    )
+    sizes = dict(hidden=32, calls=3) if args.smoke else {}
+    table = rich.table.Table(title="the digits MLP for one image, microseconds")
+    for name in ("method", "bitlayers", "CUDA graphs", "kernels", "on the device", "latency", "call to call"):
+        table.add_column(name, justify="right")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(gpu_network.Row)])
+        writer.writeheader()
+        for row in gpu_network.measure(device_time.facts_of(jax.devices()[0]), backend=backend, **sizes):
+            writer.writerow(dataclasses.asdict(row))
+            file.flush()
+            used, device_us = row.bitlayers or "", "" if row.device_us is None else f"{row.device_us:.1f}"
+            times = (f"{row.latency_us:.1f}", f"{row.queued_us:.1f}")
+            table.add_row(row.method, str(used), row.graphs, str(row.kernels), device_us, *times)
+    console.print(table)
 
 
 def has_gpu() -> bool:

@@ -35,23 +35,23 @@ def load_words(
     words: Any,
     start: jax.Array,
     stop: jax.Array,
-    first: int,
-    last: int,
-    used: jax.Array,
+    first: int | jax.Array,
+    num: int,
+    used: jax.Array | int,
     *,
     channels: Any,
     inside: jax.Array | None,
     num_words: int,
     is_even: bool,
 ) -> list[jax.Array]:
-    """Words from `start` on, of each of the bitlayers first..last.
+    """Words from `start` on, of each of `num` bitlayers.
 
     Args:
       words: [bits, num_words, n] uint32, in memory
       start: the first word.
       stop: words from here on are zeros; not looked at with `is_even`.
       first: the first bitlayer.
-      last: where the bitlayers end.
+      num: of bitlayers.
       used: bitlayers from first + used on are not loaded: zeros.
       channels: a block of them.
       inside: which of them exist; None for all.
@@ -67,11 +67,11 @@ def load_words(
         masks.append((start + jnp.arange(num_words, dtype=jnp.int32) < stop)[:, None])
     return [
         load(
-            words.at[jnp.int32(first + i), pl.ds(start, num_words), channels],
+            words.at[jnp.asarray(first + i, jnp.int32), pl.ds(start, num_words), channels],
             all_of(shape, [jnp.broadcast_to(i < used, shape), *masks]),
             0,
         )
-        for i in range(last - first)
+        for i in range(num)
     ]
 
 

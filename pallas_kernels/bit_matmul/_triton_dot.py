@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -70,22 +71,27 @@ def group_sums(
     words: jax.Array,
     bitlayers: jax.Array,
     *,
+    sweep: bool,
     config: Config,
     interpret: bool,
 ) -> jax.Array:
     """x_g . v_b for each group g.
+
+    In a sweep a program takes one bitlayer, and each word is read for that one alone; XLA adds them up.
 
     Args:
       problem: the product.
       x: f32, bf16 or f16[m, 32 * num_words], 0 past k.
       words: uint32[bits, num_words, n].
       bitlayers: int32[m].
+      sweep: at every number of bitlayers up to max(bitlayers); past it, anything.
       config: how to cut it.
       interpret: run on the CPU, as JAX operations.
 
     Returns:
-      f32[groups, m, n].
+      f32[groups, m, n], with `sweep` f32[bits, groups, m, n].
     """
+    num_sums = problem.bits if sweep else 1
     part_words = config.block_words * config.num_blocks
     num_parts = pl.cdiv(_group_words(problem), part_words)  # of a group
     groups = range(0, problem.num_words, _group_words(problem))
@@ -93,15 +99,16 @@ def group_sums(
     padding = -problem.m % config.block_rows
     x = jnp.pad(_arrange(problem, x, first_words, num_parts, config), ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
     parts = _compat.triton_call(
-        functools.partial(_kernel, problem=problem, config=config),
+        functools.partial(_kernel, problem=problem, config=config, num_parts=len(first_words), sweep=sweep),
         name="bit_matmul_dot",
-        grid=(pl.cdiv(problem.n, config.block_n), len(first_words), x.shape[3] // config.block_rows),
-        out_shape=jax.ShapeDtypeStruct((len(first_words), x.shape[3], problem.n), jnp.float32),
+        grid=(pl.cdiv(problem.n, config.block_n), num_sums * len(first_words), x.shape[3] // config.block_rows),
+        out_shape=jax.ShapeDtypeStruct((num_sums * len(first_words), x.shape[3], problem.n), jnp.float32),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
     )(jnp.asarray(first_words), x, jnp.pad(bitlayers, (0, padding), mode="edge"), words)
-    return parts[:, : problem.m].reshape(problem.groups, num_parts, problem.m, problem.n).sum(axis=1)
+    parts = parts[:, : problem.m].reshape(num_sums, problem.groups, num_parts, problem.m, problem.n).sum(axis=2)
+    return jnp.stack(list(itertools.accumulate(parts))) if sweep else parts[0]
 
 
 def _arrange(
@@ -129,19 +136,24 @@ def split(x: jax.Array) -> jax.Array:
     return jnp.stack(parts)
 
 
-def _kernel(first_words, x, counts, words, out, *, problem: contract.Problem, config: Config):
-    """One block of channels, one part of the words, one block of rows.
+def _kernel(
+    first_words, x, counts, words, out, *, problem: contract.Problem, config: Config, num_parts: int, sweep: bool
+):
+    """One block of channels, one part of the words, one block of rows; of a sweep, one bitlayer.
 
     Args:
       first_words: [parts] int32, where each part begins
       x: [parts of x, blocks, 32, rows, block_words] bf16
       counts: [rows] int32
       words: [bits, num_words, n] uint32
-      out: [parts, rows, n] f32
+      out: [parts, rows, n] f32, with `sweep` [bits * parts, rows, n]
       problem: the product.
       config: how it is cut.
+      num_parts: of the words.
+      sweep: the sums of each bitlayer.
     """
-    part = pl.program_id(1)
+    index = pl.program_id(1)
+    part = index % num_parts if sweep else index
     rows = pl.ds(pl.program_id(2) * config.block_rows, config.block_rows)
     first_channel = pl.program_id(0) * config.block_n
     channels = pl.ds(first_channel, config.block_n)
@@ -201,10 +213,12 @@ def _kernel(first_words, x, counts, words, out, *, problem: contract.Problem, co
         total = jnp.where((row_counts == count)[:, None], multiply(count), total)
         return jnp.min(jnp.where(row_counts > count, row_counts, contract.MAX_BITS + 1)), total
 
-    _, total = lax.while_loop(
-        lambda state: state[0] <= contract.MAX_BITS,
-        add_count,
-        (jnp.min(row_counts), jnp.zeros((config.block_rows, config.block_n), jnp.float32)),
-    )
+    zero = jnp.zeros((config.block_rows, config.block_n), jnp.float32)
+    if sweep:
+        bitlayer = index // num_parts
+        num_blocks = jnp.where(bitlayer < jnp.max(row_counts), jnp.int32(config.num_blocks), jnp.int32(0))
+        total = lax.fori_loop(0, num_blocks, lambda block, total: add_limb(total, bitlayer, bitlayer + 1, block), zero)
+    else:
+        _, total = lax.while_loop(lambda state: state[0] <= contract.MAX_BITS, add_count, (jnp.min(row_counts), zero))
     inside = jnp.broadcast_to((channel < problem.n)[None], total.shape)
-    _compat.triton_store(out.at[part, rows, channels], total, mask=inside)
+    _compat.triton_store(out.at[index, rows, channels], total, mask=inside)

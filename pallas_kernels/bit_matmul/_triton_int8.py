@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import _triton_codes, contract, epilogue, limbs
 
-_HALF = 128  # what makes 0..255 signed
+HALF = 128  # what makes 0..255 signed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ _BLOCK_ROWS = 64
 _BLOCK_WORDS = 4
 _MAX_LIMBS = 2  # 64 registers each
 _MAX_COMPARED_ROWS = 2048  # for as many rows 4 million comparisons
-_MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
+MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
 def config_for(problem: contract.Problem) -> Config:
@@ -65,7 +65,7 @@ def config_for(problem: contract.Problem) -> Config:
         block_n = _BLOCK_N if num_sums == 1 else _BLOCK_N // 2
     else:
         programs = pl.cdiv(problem.n, _BLOCK_N) * pl.cdiv(problem.m, _BLOCK_ROWS)
-        parts = min(pl.cdiv(_MIN_PROGRAMS, programs), pl.cdiv(segment_words, block_words))
+        parts = min(pl.cdiv(MIN_PROGRAMS, programs), pl.cdiv(segment_words, block_words))
         if parts == 1 and num_sums <= _MAX_LIMBS and len(problem.segments) == 1:
             parts = None
     return Config(
@@ -120,18 +120,13 @@ def _sorted_matmul(
     interpret: bool,
 ) -> jax.Array:
     parts = limbs.split(codes, problem.activation_limbs)
-    row_sums = jnp.stack(
-        [
-            parts[..., start * contract.WORD_BITS : stop * contract.WORD_BITS].sum(axis=-1)
-            for _, start, stop in problem.segments
-        ]
-    )  # [segments, activation limbs, m]
+    row_sums = sum_rows(problem, parts)
     # What its first and last words are, of each segment, and its first segment, of each group; one more ends the last.
-    spans = np.array([(start, stop) for _, start, stop in problem.segments], np.int32)
+    spans = segment_spans(problem)
     first_segment = np.searchsorted([group for group, _, _ in problem.segments], np.arange(problem.groups + 1))
     split = config.parts is not None
     if config.parts is not None:
-        spans = _split_spans(spans, config.block_words, config.parts)
+        spans = split_spans(spans, config.block_words, config.parts)
         num_sums = len(problem.code_limbs) * problem.activation_limbs
         out_shape = jax.ShapeDtypeStruct((len(spans), num_sums, problem.m, problem.n), jnp.int32)
     else:
@@ -151,7 +146,7 @@ def _sorted_matmul(
     )(
         jnp.asarray(spans),
         jnp.asarray(first_segment.astype(np.int32)),
-        _triton_codes.arrange(_signed(parts)),
+        _triton_codes.arrange(signed(parts)),
         row_sums,
         bitlayers,
         words,
@@ -171,7 +166,22 @@ def num_sums(problem: contract.Problem, config: Config) -> int:
     return num_parts * len(problem.code_limbs) * problem.activation_limbs * problem.m * problem.n
 
 
-def _split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
+def segment_spans(problem: contract.Problem) -> np.ndarray:
+    """int32[segments, 2], first and last words."""
+    return np.array([(start, stop) for _, start, stop in problem.segments], np.int32)
+
+
+def sum_rows(problem: contract.Problem, limb_codes: jax.Array) -> jax.Array:
+    """int32[limbs, m, 32 * num_words] -> int32[segments, limbs, m]."""
+    return jnp.stack(
+        [
+            limb_codes[..., start * contract.WORD_BITS : stop * contract.WORD_BITS].sum(axis=-1)
+            for _, start, stop in problem.segments
+        ]
+    )
+
+
+def split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
     """Each segment in as many parts of whole blocks of words; the last may be short, or empty."""
     part_words = block_words * pl.cdiv(pl.cdiv(int(np.max(np.diff(spans))), block_words), parts)
     first = spans[:, :1] + part_words * np.arange(parts)
@@ -179,9 +189,9 @@ def _split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
     return np.stack([np.minimum(first, stop), stop], axis=-1).reshape(-1, 2).astype(np.int32)
 
 
-def _signed(parts: jax.Array) -> jax.Array:
+def signed(parts: jax.Array) -> jax.Array:
     """int32[limbs, m, k] -> int8, all but the first limb less 128."""
-    return jnp.concatenate([parts[:1], parts[1:] - _HALF]).astype(jnp.int8)
+    return jnp.concatenate([parts[:1], parts[1:] - HALF]).astype(jnp.int8)
 
 
 def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, problem: contract.Problem, config: Config):
@@ -210,9 +220,9 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         channels=channels,
         inside=inside,
         num_words=config.block_words,
-        is_even=_is_even(problem, config),
+        is_even=is_even(problem, config),
     )
-    load_rows = functools.partial(_load_rows, x, problem, config, rows, row_inside)
+    load_rows = functools.partial(load_activations, x, problem, config, rows, row_inside)
     zero = jnp.zeros((config.block_rows, config.block_n), jnp.float32)
 
     def limb_sums(first, last, count, span, group):
@@ -224,10 +234,10 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         def add_block(i, state):
             sums, ones = state
             block = start + i * config.block_words
-            bitlayers = load_words(block, stop, first, last, used)
+            bitlayers = load_words(block, stop, first, last - first, used)
             if any(group):
                 for j, word in enumerate(bitlayers):
-                    ones = ones + (_population_count(word) << (contract.LIMB_BITS - 1 - j))
+                    ones = ones + (_compat.triton_population_count(word) << (contract.LIMB_BITS - 1 - j))
             values = _triton_codes.signed(bitlayers)
             sums = tuple(
                 total + jnp.dot(load_rows(a, block, stop), values, preferred_element_type=jnp.int32)
@@ -239,8 +249,8 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         ones = jnp.zeros((config.block_words, config.block_n), jnp.int32)
         sums, ones = lax.fori_loop(0, num_blocks, add_block, (sums, ones))
         # of c8 - 128, over the blocks as they were loaded
-        code_sum = jnp.sum(ones, axis=0) - _HALF * contract.WORD_BITS * config.block_words * num_blocks
-        sums = [total + _HALF * code_sum[None, :] if a else total for a, total in zip(group, sums, strict=True)]
+        code_sum = jnp.sum(ones, axis=0) - HALF * contract.WORD_BITS * config.block_words * num_blocks
+        sums = [total + HALF * code_sum[None, :] if a else total for a, total in zip(group, sums, strict=True)]
         return [total >> (contract.LIMB_BITS - used) for total in sums]
 
     groups_of_limbs = [
@@ -318,21 +328,16 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
     lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
 
 
-def _load_rows(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:
+def load_activations(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:
     """int8[block_rows, 32 * block_words] of limb a; where there is no activation, what stands for zero."""
     k = config.block_words * contract.WORD_BITS
     masks = [] if row_inside is None else [row_inside[:, None]]
-    if not _is_even(problem, config):
+    if not is_even(problem, config):
         masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
     ref = x.at[jnp.int32(a), rows, pl.ds(start * contract.WORD_BITS, k)]
-    return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -_HALF)
+    return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -HALF)
 
 
-def _is_even(problem: contract.Problem, config: Config) -> bool:
+def is_even(problem: contract.Problem, config: Config) -> bool:
     """Every segment, or part of one, consists of whole blocks of words."""
     return all((stop - start) % config.block_words == 0 for _, start, stop in problem.segments)
-
-
-def _population_count(word: jax.Array) -> jax.Array:
-    """Of the signed type: Pallas-Triton gives the unsigned one to `math.ctpop`, which Triton does not lower."""
-    return lax.population_count(word.astype(jnp.int32))

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import contract, limbs
+from pallas_kernels.bit_matmul import _triton_pack, contract, limbs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,26 @@ def config_for(problem: contract.Problem) -> Config:
     )
 
 
+def quantize_rows(
+    problem: contract.Problem, x: jax.Array, *, config: Config, interpret: bool
+) -> tuple[limbs.Packed, jax.Array, jax.Array]:
+    """`activations.quantize_rows` in one kernel. x: float[m, k]; the codes are those that `limb_sums` takes."""
+    cut, bits = _cut(problem, config), problem.fixed_point_bits
+    num_words, rows = cut.index.size, problem.m + -problem.m % config.block_rows
+    layout = _triton_pack.Layout(
+        shape=(rows, bits, num_words),
+        rows=rows,
+        num_words=num_words,
+        source=None if cut.is_identity else np.where(cut.inside, cut.index, -1).astype(np.int32),
+        offset=lambda row, bit, word: (row * bits + bit) * num_words + word,
+        bits=bits,
+    )
+    return _triton_pack.quantize_rows(problem, x, layout, interpret=interpret)
+
+
 def limb_sums(
     problem: contract.Problem,
-    codes: jax.Array,
+    codes: jax.Array | limbs.Packed,
     words: jax.Array,
     bitlayers: jax.Array,
     *,
@@ -81,7 +98,7 @@ def limb_sums(
 
     Args:
       problem: the product.
-      codes: int32[m, 32 * num_words], 0 past k.
+      codes: int32[m, 32 * num_words], 0 past k, or what `quantize_rows` makes of rows.
       words: uint32[bits, num_words, n].
       bitlayers: int32[m].
       sweep: also after every number of bitlayers up to max(bitlayers), which is then the same for all rows.
@@ -89,15 +106,16 @@ def limb_sums(
       interpret: run on the CPU, as JAX operations.
 
     Returns:
-      int32[segments, activation limbs, code limbs, m, n], or with `sweep` [.., bits * m, n]: the rows of each number
-      of bitlayers in turn, in which a code limb that has not begun holds anything.
+      int32[segments, activation limbs, code limbs, m, n], or with `sweep` [segments, bits, activation limbs, m, n],
+      after each bitlayer those of the code limb that it belongs to.
     """
-    assert problem.activation_bits is not None
     cut = _cut(problem, config)
-    bits = limbs.pack(codes, problem.activation_bits)
-    packed = cut.arrange(bits)
     padding = -problem.m % config.block_rows
-    packed = jnp.pad(packed, ((0, padding), (0, 0), (0, 0)))
+    if not isinstance(codes, limbs.Packed):
+        bits = limbs.pack(codes, problem.fixed_point_bits)
+        packed = jnp.pad(cut.arrange(bits), ((0, padding), (0, 0), (0, 0)))
+        codes = limbs.Packed(bits=packed, row_sums=_row_sums(problem, bits))
+    packed = codes.bits
     num_kept = problem.bits if sweep else len(problem.code_limbs)
     parts = _compat.triton_call(
         functools.partial(_kernel, problem=problem, config=config, sweep=sweep),
@@ -109,16 +127,16 @@ def limb_sums(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(jnp.asarray(cut.first_words), packed, jnp.pad(bitlayers, (0, padding)), words)
+    )(None if cut.is_even else jnp.asarray(cut.first_words), packed, jnp.pad(bitlayers, (0, padding)), words)
     parts = parts[:, :, :, : problem.m].reshape(len(problem.segments), -1, *parts.shape[1:3], problem.m, problem.n)
-    return _centre(problem, parts.sum(axis=1), _row_sums(problem, bits), bitlayers, sweep)
+    return _centre(problem, parts.sum(axis=1), codes.row_sums, bitlayers, sweep)
 
 
 def _kernel(first_words, packed, counts, words, out, *, problem: contract.Problem, config: Config, sweep: bool):
     """One block of channels, one part of the words, one block of rows.
 
     Args:
-      first_words: [parts] int32, where each part begins
+      first_words: [parts] int32, where each part begins; None where each begins as the one before ends
       packed: [rows, activation_bits, parts * words of a part] uint32
       counts: [rows] int32
       words: [bits, num_words, n] uint32
@@ -137,14 +155,17 @@ def _kernel(first_words, packed, counts, words, out, *, problem: contract.Proble
     row_counts = [counts[first_row + row] for row in rows]
     limit = functools.reduce(jnp.maximum, row_counts)
 
+    part_words = config.num_blocks * config.block_words
+
     def load_words(layer, block):  # block_words of [block_n] uint32
-        first = first_words[part] + block * config.block_words
+        first = part * part_words if first_words is None else first_words[part]
+        first += block * config.block_words
         # Past the last word there are no activations: any word will do.
         index = [jnp.minimum(first + i, problem.num_words - 1) for i in range(config.block_words)]
         return [_compat.triton_load(words.at[layer, i, channels], mask=inside) for i in index]
 
     def load_activations(block):  # [row][activation bit][word], a scalar uint32
-        first = (part * config.num_blocks + block) * config.block_words
+        first = part * part_words + block * config.block_words
         bits, block_words = range(packed.shape[1]), range(config.block_words)
         return [[[packed[first_row + row, bit, first + i] for i in block_words] for bit in bits] for row in rows]
 
@@ -243,29 +264,33 @@ def _weighted_count(columns: list[list[jax.Array]], keep: int) -> jax.Array:
             if weight + 1 == len(columns):
                 columns.append([])
             columns[weight + 1].append((either & c) | (a & b))  # of all forms, the one that ptxas does in fewest LOP3
-        counts = [_population_count(word) for word in column]
+        counts = [_compat.triton_population_count(word) for word in column]
         weighted.append(sum(counts[1:], start=counts[0]) << weight)
     return sum(weighted[1:], start=weighted[0])
-
-
-def _population_count(word: jax.Array) -> jax.Array:
-    """Of the signed type: Pallas-Triton gives the unsigned one to `math.ctpop`, which Triton does not lower."""
-    return lax.population_count(word.astype(jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Cut:
     """The words in parts of equal length, each inside one segment, the same number of parts for every segment."""
 
+    part_words: int
     first_words: np.ndarray  # int32[parts]
     index: np.ndarray  # int[parts * words of a part], the word that stands there
     inside: np.ndarray  # bool, like index; false where the segment has ended
 
+    @property
+    def is_identity(self) -> bool:
+        """Every word of k, in order, and nothing else."""
+        return bool(self.inside.all()) and np.array_equal(self.index, np.arange(self.index.size))
+
+    @property
+    def is_even(self) -> bool:
+        """Each part begins where as many words of the one before end."""
+        return np.array_equal(self.first_words, np.arange(self.first_words.size) * self.part_words)
+
     def arrange(self, packed: jax.Array) -> jax.Array:
         """uint32[.., num_words] -> uint32[.., parts * words of a part], zero where there is no word of the segment."""
-        if np.array_equal(self.index, np.arange(packed.shape[-1])):
-            return packed
-        return jnp.where(self.inside, packed[..., self.index], jnp.uint32(0))
+        return packed if self.is_identity else jnp.where(self.inside, packed[..., self.index], jnp.uint32(0))
 
 
 def _cut(problem: contract.Problem, config: Config) -> _Cut:
@@ -275,6 +300,7 @@ def _cut(problem: contract.Problem, config: Config) -> _Cut:
     last = np.repeat([stop for _, _, stop in problem.segments], num_parts)
     index = first[:, None] + np.arange(part_words)
     return _Cut(
+        part_words=part_words,
         first_words=first.astype(np.int32),
         index=np.minimum(index, problem.num_words - 1).reshape(-1),
         inside=(index < last[:, None]).reshape(-1),
@@ -296,13 +322,7 @@ def _centre(
         used = jnp.stack([jnp.clip(bitlayers - first, 0, last - first) for first, last in problem.code_limbs])
     lowest = ((1 << used) - 1)[None, :, None, :, None]
     centred = 2 * sums - lowest * row_sums[:, None, :, :, None]
-    if not sweep:
-        return jnp.swapaxes(centred, 1, 2)
-    # At every number of bitlayers, each code limb as far as it has come.
-    layers = np.arange(problem.bits)
-    by_limb = jnp.stack([centred[:, np.clip(layers, first, last - 1)] for first, last in problem.code_limbs], axis=2)
-    shape = (len(problem.segments), problem.activation_limbs, len(problem.code_limbs), -1, problem.n)
-    return jnp.transpose(by_limb, (0, 3, 2, 1, 4, 5)).reshape(shape)
+    return centred if sweep else jnp.swapaxes(centred, 1, 2)
 
 
 def _row_sums(problem: contract.Problem, packed: jax.Array) -> jax.Array:

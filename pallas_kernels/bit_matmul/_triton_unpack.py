@@ -113,7 +113,7 @@ def _kernel(count, words, out, *, problem: contract.Problem, config: Config):
             start,
             jnp.int32(problem.num_words),
             first,
-            last,
+            last - first,
             stop - first,
             channels=channels,
             inside=inside,

@@ -31,18 +31,40 @@ def quantize_rows(
       finite: bool[m], false where a row holds a NaN or an infinity.
     """
     x, magnitude, finite = finite_rows(x.astype(jnp.float32), axes)
-    top = 2 ** (activation_bits - 1) - 1
+    power, inverse = scaling(magnitude, activation_bits)
+    top = largest_code(activation_bits)
+    codes = jnp.rint((x * power[:, None]) * inverse[:, None])
+    return jnp.clip(codes, -top, top).astype(jnp.int32), unit(magnitude, activation_bits), finite
+
+
+def largest_code(activation_bits: int) -> int:
+    """2**(A-1) - 1; codes are symmetric around zero."""
+    return 2 ** (activation_bits - 1) - 1
+
+
+def scaling(magnitude: jax.Array, activation_bits: int) -> tuple[jax.Array, jax.Array]:
+    """What takes x to codes, as two factors: x * power is exact, times inverse it is rounded once, then to integers.
+
+    Two, because 2**-127 is no normal float32. magnitude: f32, max|x| of finite rows.
+    """
     magnitude = jnp.maximum(magnitude, 2.0**_MIN_EXPONENT)
     pattern = lax.bitcast_convert_type(magnitude, jnp.int32)
     exponent = (pattern >> 23) - 127
     significand = ((pattern & 0x7FFFFF) | 0x800000).astype(jnp.uint32)
-    # x is scaled in two steps, because 2**-127 is no normal float32.
     exponent_limited = jnp.minimum(exponent, 126)
-    inverse = _reciprocal(significand).astype(jnp.float32) * (2.0**-24 * top)
-    inverse = inverse * power_of_two(exponent_limited - exponent)
-    codes = jnp.rint((x * power_of_two(-exponent_limited)[:, None]) * inverse[:, None])
-    codes = jnp.clip(codes, -top, top).astype(jnp.int32)
-    return codes, magnitude * ((top + 1) / (2 * top)), finite
+    inverse = _reciprocal(significand).astype(jnp.float32) * (2.0**-24 * largest_code(activation_bits))
+    return power_of_two(-exponent_limited), inverse * power_of_two(exponent_limited - exponent)
+
+
+def unit(magnitude: jax.Array, activation_bits: int) -> jax.Array:
+    """t * 2**(A-2) of rows whose largest magnitude is this. f32."""
+    top = largest_code(activation_bits)
+    return jnp.maximum(magnitude, 2.0**_MIN_EXPONENT) * ((top + 1) / (2 * top))
+
+
+def poison(finite: jax.Array) -> jax.Array:
+    """What is added to rows: NaN to those that are not finite, 0 to others. f32[m]."""
+    return jnp.where(finite, 0.0, jnp.nan)
 
 
 def finite_rows(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array, jax.Array]:

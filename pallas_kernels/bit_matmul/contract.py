@@ -4,7 +4,8 @@ Terms: m rows of activations, n output channels, k the contraction; `bits` bitla
 number 0 the most significant; `bitlayers[row]` of them are used.
 
 Operands
-    x:         int32[m, k]   fixed-point activation codes, or f32/bf16/f16[m, k] (`activation_bits=None`)
+    x:         int32[m, k]   fixed-point activation codes, or f32/bf16/f16[m, k] (`activation_bits=None`); or what
+               `quantize_rows` of the backend, if it has one, makes of floats in place of codes
     words:     uint32[bits, ceil(k / 32), n]   bit t of word j holds contraction index 32 * j + t;
                bits past k are arbitrary, so a backend pads x with zeros, never trusts the words
     scale:     f32[min(bits, 4), groups, n]    row b - 1 serves b bitlayers, the last row all b >= 4

@@ -81,6 +81,25 @@ def scale_segments(problem: contract.Problem, limbs: jax.Array, scale: jax.Array
     return scale_groups(values, scale, bitlayers, problem.fixed_point_bits)
 
 
+def scale_prefixes(problem: contract.Problem, running: jax.Array, scale: jax.Array) -> jax.Array:
+    """The product at every number of bitlayers, f32[bits, m, n].
+
+    Args:
+      problem: the product.
+      running: int32[segments, bits, activation limbs, m, n], limb sums after each bitlayer, of the code limb that it
+        belongs to.
+      scale: f32[min(bits, 4), groups, n].
+    """
+    columns = []
+    for first, last in problem.code_limbs:  # as far as each limb has come; before its first bitlayer, anything
+        ends = (running[:, first:last], *[running[:, last - 1 : last]] * (problem.bits - last))
+        columns.append(jnp.concatenate((*[running[:, first : first + 1]] * first, *ends), axis=1))
+    sums = jnp.transpose(jnp.stack(columns, axis=3), (0, 2, 3, 1, 4, 5))  # [segments, limbs, code limbs, bits, m, n]
+    counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), problem.m)
+    y = scale_segments(problem, sums.reshape(*sums.shape[:3], -1, problem.n), scale, counts)
+    return y.reshape(problem.bits, problem.m, problem.n)
+
+
 def scale_groups(sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, activation_bits: int) -> jax.Array:
     """sum_g scale_b[g] * 2**-(b + activation_bits - 2) * sums[g], in the order of the groups.
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bit_matmul import contract
+
+
+class Packed(NamedTuple):
+    """Codes of a product's rows as its kernel takes them, in place of int32[m, k].
+
+    Attributes:
+      bits: uint32, packed in the order of that kernel.
+      row_sums: int32[segments, activation limbs, m], the sums of each limb of the codes.
+    """
+
+    bits: jax.Array
+    row_sums: jax.Array
 
 
 def split(codes: jax.Array, num: int) -> jax.Array:

@@ -2,8 +2,8 @@
 
 One `mma` counts the bits that 16 channels of one bitlayer and the 8 bits of one limb of one row have in common, over
 256 k. Native on Hopper (sm_90); sm_100 and later emulate it, still exactly. The kernel (`_mosaic_kernel`) returns exact
-integers; what surrounds it here is XLA: activations are packed into the registers' order before, and after it the
-splits of k are added, and limbs become floats as in every backend (`epilogue`).
+integers. Rows are quantized and packed into the registers' order before it, in one kernel (`_triton_pack`, or by XLA
+where codes are given); after it XLA adds the splits of k, and limbs become floats as in every backend (`epilogue`).
 
 k is split among the 4 warps of a program, which add their sums in shared memory, and among programs, whose sums XLA
 adds: integers, so exact in any order, without atomics or a zeroed output. What this writes and reads again is
@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bit_matmul import contract, epilogue, limbs, tuned
-from pallas_kernels.bit_matmul._mosaic_kernel import LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
+from pallas_kernels.bit_matmul import _triton_pack, contract, epilogue, limbs, tuned
+from pallas_kernels.bit_matmul._mosaic_kernel import LANES, LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
 
 # Cost grows with rows * limbs and bitlayers: beyond this `triton` unpacks the weights for the int8 tensor core instead,
 # whose cost hardly does. An estimate, from 0.54 BMMA per clock and multiprocessor and the instructions of that kernel.
@@ -86,9 +86,39 @@ def candidates(problem: contract.Problem) -> list[Config]:
     return list(dict.fromkeys([default, *(c for c in found if c.registers(row_limbs) <= _MAX_REGISTERS)]))
 
 
+def quantize_rows(
+    problem: contract.Problem, x: jax.Array, *, config: Config | None = None, interpret: bool = False
+) -> tuple[limbs.Packed, jax.Array, jax.Array]:
+    """`activations.quantize_rows` in one kernel. x: float[m, k]; `config` must be that of the product.
+
+    Returns:
+      packed: for `matmul` and `prefixes`, in place of the codes.
+      unit: f32[m].
+      poison: f32[m], NaN for rows that are not finite, 0 for others.
+    """
+    plan = _plan(problem, config, sweep=False)
+    steps, row_limbs, num = plan.splits * plan.config.warps_k * plan.config.steps, plan.row_limbs, plan.config.rows
+
+    def offset(row, bit, word):
+        limb = problem.activation_limbs - 1 - bit // contract.LIMB_BITS
+        step, half, quad = word // STEP_WORDS, word // (STEP_WORDS // 2) % 2, word % (STEP_WORDS // 2)
+        fragment = (row // num * steps + step) * row_limbs + row % num * problem.activation_limbs + limb
+        return (fragment * LANES + bit % contract.LIMB_BITS * (STEP_WORDS // 2) + quad) * 2 + half
+
+    layout = _triton_pack.Layout(
+        shape=plan.fragments_shape,
+        rows=plan.row_blocks * num,
+        num_words=plan.splits * plan.config.split_words,
+        source=_source(plan),
+        offset=offset,
+        bits=problem.activation_limbs * contract.LIMB_BITS,
+    )
+    return _triton_pack.quantize_rows(problem, x, layout, interpret=interpret)
+
+
 def matmul(
     problem: contract.Problem,
-    x: jax.Array,
+    x: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     bitlayers: jax.Array,
@@ -96,23 +126,20 @@ def matmul(
     config: Config | None = None,
 ) -> jax.Array:
     """The product of the contract. `config` never shows in it; it defaults to what was measured, or `config_for`."""
-    _check(problem)
     if 0 in (problem.m, problem.k, problem.n):
         return jnp.zeros((problem.m, problem.n), jnp.float32)
-    plan = Plan(
-        problem=problem, config=config or tuned.find("mosaic", problem, CONFIGS) or config_for(problem), sweep=False
-    )
-    packed = fragments(plan, x)
-    sums = _sums(plan, packed, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
+    plan = _plan(problem, config, sweep=False)
+    packed = _pack(plan, x)
+    sums = _sums(plan, packed.bits, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
     firsts = jnp.array([first for first, _ in problem.code_limbs])
     used = jnp.clip(bitlayers[None] - firsts[:, None], 0, contract.LIMB_BITS)  # [code limbs, m]
-    values = _center(plan, packed, sums, used)
+    values = _center(packed, sums, used)
     return _to_float(problem, values, scale, bitlayers)
 
 
 def prefixes(
     problem: contract.Problem,
-    x: jax.Array,
+    x: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     limit: jax.Array,
@@ -120,28 +147,30 @@ def prefixes(
     config: Config | None = None,
 ) -> jax.Array:
     """The product at every number of bitlayers up to `limit`, from one pass over the words."""
-    _check(problem)
     if 0 in (problem.m, problem.k, problem.n):
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
-    plan = Plan(problem=problem, config=config or config_for(problem), sweep=True)
+    plan = _plan(problem, config, sweep=True)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
-    packed = fragments(plan, x)
-    sums = _sums(plan, packed, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
+    packed = _pack(plan, x)
+    sums = _sums(plan, packed.bits, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
     position = np.arange(problem.bits) % contract.LIMB_BITS + 1
     used = jnp.broadcast_to(jnp.array(position, jnp.int32)[:, None], (problem.bits, problem.m))
-    values = _center(plan, packed, sums, used)
-    results = []
-    for count in range(1, problem.bits + 1):
-        taken = [values[min(count, last) - 1] for first, last in problem.code_limbs if first < count]
-        counts = jnp.full((problem.m,), count, jnp.int32)
-        results.append(_to_float(problem, jnp.stack(taken), scale, counts))
-    return jnp.stack(results)
+    running = jnp.swapaxes(_center(packed, sums, used), 0, 1)
+    return epilogue.scale_prefixes(problem, running, scale)
 
 
-def _check(problem: contract.Problem) -> None:
-    reason = unsupported(problem)
-    if reason is not None:
+def _plan(problem: contract.Problem, config: Config | None, *, sweep: bool) -> Plan:
+    if reason := unsupported(problem):
         raise contract.Unsupported(reason)
+    config = config or tuned.find("mosaic", problem, CONFIGS) or config_for(problem)
+    return Plan(problem=problem, config=config, sweep=sweep)
+
+
+def _pack(plan: Plan, x: jax.Array | limbs.Packed) -> limbs.Packed:
+    if isinstance(x, limbs.Packed):
+        return x
+    bits = fragments(plan, x)
+    return limbs.Packed(bits=bits, row_sums=_row_sums(plan, bits))
 
 
 def _sums(plan: Plan, packed: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
@@ -198,15 +227,19 @@ def fragments(plan: Plan, x: jax.Array) -> jax.Array:
 
 def _split(plan: Plan, words: jax.Array) -> jax.Array:
     """[.., num_words, 32] -> [.., splits * split words, 32], with zeros where a split is not full."""
-    num_words, size = plan.problem.num_words, plan.config.split_words
-    source = np.full((len(plan.problem.segments), plan.segment_splits * size), num_words)
+    source = _source(plan)
+    if source is None:
+        return words
+    inside = jnp.array(source >= 0)[:, None]
+    return jnp.where(inside, jnp.take(words, np.maximum(source, 0), axis=-2), jnp.zeros((), words.dtype))
+
+
+def _source(plan: Plan) -> np.ndarray | None:
+    """int32[splits * split words], the word of k that each is, -1 where a split is not full; None if all in order."""
+    source = np.full((len(plan.problem.segments), plan.segment_splits * plan.config.split_words), -1, np.int32)
     for i, (_, start, stop) in enumerate(plan.problem.segments):
         source[i, : stop - start] = np.arange(start, stop)
-    source = source.ravel()
-    if np.array_equal(source, np.arange(num_words)):
-        return words
-    inside = jnp.array(source < num_words)[:, None]
-    return jnp.where(inside, jnp.take(words, np.minimum(source, num_words - 1), axis=-2), jnp.zeros((), words.dtype))
+    return None if np.array_equal(source.ravel(), np.arange(plan.problem.num_words)) else source.ravel()
 
 
 def _row_sums(plan: Plan, packed: jax.Array) -> jax.Array:
@@ -224,9 +257,9 @@ def _row_sums(plan: Plan, packed: jax.Array) -> jax.Array:
     return sums[..., : problem.m]
 
 
-def _center(plan: Plan, packed: jax.Array, sums: jax.Array, used: jax.Array) -> jax.Array:
+def _center(packed: limbs.Packed, sums: jax.Array, used: jax.Array) -> jax.Array:
     """2 * (q . c) - (2**used - 1) * sum_k q, exact. int32[slots, segments, activation limbs, m, n]."""
-    return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * _row_sums(plan, packed)[None, ..., None]
+    return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * packed.row_sums[None, ..., None]
 
 
 def _to_float(problem: contract.Problem, values: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:

@@ -3,8 +3,8 @@
 Few rows of fixed point go to `_triton_serial`, which works on the words themselves, many to `_triton_int8`, which
 unpacks words for the int8 tensor core; both sum the same integers, so which one runs never shows. Float activations go
 to `_triton_dot`, which unpacks words for the bfloat16 tensor core, or, for very many rows, to `_triton_unpack`, which
-unpacks them once for a dot of XLA's. `matmul` and `prefixes` are those of the contract;
-`interpret` runs their kernels on the CPU, as JAX operations.
+unpacks them once for a dot of XLA's. Sweeps of many rows go to `_triton_int8_sweep` and `_triton_dot`. `matmul` and
+`prefixes` are those of the contract; `interpret` runs their kernels on the CPU, as JAX operations.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from jax import lax
 from pallas_kernels.bit_matmul import (
     _triton_dot,
     _triton_int8,
+    _triton_int8_sweep,
     _triton_serial,
     _triton_unpack,
+    activations,
     contract,
     epilogue,
+    limbs,
     tuned,
 )
 
@@ -103,9 +106,26 @@ def _variants(config: Any, **choices: Iterable[int | None]) -> list[Any]:
     ]
 
 
+def quantize_rows(
+    problem: contract.Problem, x: jax.Array, *, config: Config | None = None, interpret: bool = False
+) -> tuple[jax.Array | limbs.Packed, jax.Array, jax.Array]:
+    """`activations.quantize_rows`, in one kernel where rows are few. x: float[m, k]; `config` as of the product.
+
+    Returns:
+      codes: for `matmul` and `prefixes`.
+      unit: f32[m].
+      poison: f32[m], NaN for rows that are not finite, 0 for others.
+    """
+    config = _check(problem, config)
+    if isinstance(config, SerialConfig):
+        return _triton_serial.quantize_rows(problem, x, config=config, interpret=interpret)
+    codes, unit, finite = activations.quantize_rows(x, problem.fixed_point_bits)
+    return codes, unit, activations.poison(finite)
+
+
 def matmul(
     problem: contract.Problem,
-    x: jax.Array,
+    x: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     bitlayers: jax.Array,
@@ -122,7 +142,7 @@ def matmul(
 
 def _matmul(
     problem: contract.Problem,
-    x: jax.Array,
+    x: Any,
     words: jax.Array,
     scale: jax.Array,
     bitlayers: jax.Array,
@@ -136,13 +156,13 @@ def _matmul(
         return epilogue.scale_segments(problem, sums, scale, bitlayers)
     if isinstance(config, UnpackConfig):
         return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
-    sums = _triton_dot.group_sums(problem, x, words, bitlayers, config=config, interpret=interpret)
+    sums = _triton_dot.group_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
     return jnp.sum(sums * jax.vmap(epilogue.scale_rows, in_axes=(1, None))(scale, bitlayers), axis=0)
 
 
 def prefixes(
     problem: contract.Problem,
-    x: jax.Array,
+    x: Any,
     words: jax.Array,
     scale: jax.Array,
     limit: jax.Array,
@@ -150,7 +170,11 @@ def prefixes(
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The product at every number of bitlayers up to `limit`: in one pass for few rows of fixed point."""
+    """The product at every number of bitlayers up to `limit`, in one pass over the words.
+
+    x may be what `quantize_rows` returns. Not in one pass go many rows with groups: the sums of every group and
+    bitlayer would be written, where a product at one count adds up groups in its program. It runs once for each count.
+    """
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
     x, config = _pad(problem, x), _check(problem, config)
@@ -158,8 +182,17 @@ def prefixes(
     if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
         sums = _triton_serial.limb_sums(problem, x, words, limits, sweep=True, config=config, interpret=interpret)
-        counts = jnp.repeat(jnp.arange(1, problem.bits + 1, dtype=jnp.int32), problem.m)
-        return epilogue.scale_segments(problem, sums, scale, counts).reshape(problem.bits, problem.m, problem.n)
+        return epilogue.scale_prefixes(problem, sums, scale)
+    if isinstance(config, _FLOAT_CONFIGS):
+        if isinstance(config, UnpackConfig):  # would write, and read again, 16 bits for each bit
+            config = _triton_dot.config_for(problem)
+        limits = jnp.full((problem.m,), limit, jnp.int32)
+        sums = _triton_dot.group_sums(problem, x, words, limits, sweep=True, config=config, interpret=interpret)
+        counts = jnp.arange(1, problem.bits + 1, dtype=jnp.int32)
+        scales = jax.vmap(epilogue.scale_rows, in_axes=(1, None), out_axes=1)(scale, counts)  # [bits, groups, n]
+        return jnp.sum(sums * scales[:, :, None], axis=1)
+    if problem.groups == 1 and _triton_int8_sweep.num_sums(problem, config) <= _MAX_SUMS:
+        return _triton_int8_sweep.prefixes(problem, x, words, scale, limit, config=config, interpret=interpret)
 
     def fill(i, out):
         y = _matmul(problem, x, words, scale, jnp.full((problem.m,), i + 1, jnp.int32), config, interpret)
@@ -183,5 +216,7 @@ def _check(problem: contract.Problem, config: Config | None) -> Config:
     return config
 
 
-def _pad(problem: contract.Problem, x: jax.Array) -> jax.Array:
+def _pad(problem: contract.Problem, x: jax.Array | limbs.Packed) -> jax.Array | limbs.Packed:
+    if isinstance(x, limbs.Packed):
+        return x
     return jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))

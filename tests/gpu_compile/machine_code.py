@@ -2,6 +2,7 @@
 
     for kernel in machine_code.compile_kernels(fn, x, w, gpu="h200"):
         assert kernel.spill_bytes == 0 and kernel.count("POPC") > 0
+    assert len(machine_code.compile_launches(fn, x, w, gpu="h200")) == 3
 
 A CPU run cannot show whether a kernel lowers, spills, or loads 16 bytes at a time; this does. XLA compiles for a
 topology made from a text, and writes the PTX of every kernel, of Triton and of Mosaic GPU, into a folder; `ptxas`
@@ -22,7 +23,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from unittest import mock
 
 import jax
@@ -135,23 +136,72 @@ def compile_kernels(fn: Callable[..., object], *args: object, gpu: str) -> tuple
     Returns:
       The kernels by name.
     """
-    sharding = SingleDeviceSharding(_device(gpu))
-    described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    with tempfile.TemporaryDirectory() as folder, _dumping_mosaic(folder):
-        # Autotuning would measure, on the GPU that is not there.
-        options = {"xla_dump_to": folder, "xla_gpu_autotune_level": 0}
-        jax.jit(fn).lower(*described).compile(compiler_options=options)
-        kernels = {}
-        for path in sorted(pathlib.Path(folder).rglob("*.ptx")):
-            kernels |= {kernel.name: kernel for kernel in _assemble(path)}
+    with _compiled(fn, args, gpu) as folder:
+        kernels = {kernel.name: kernel for path in sorted(folder.rglob("*.ptx")) for kernel in _assemble(path)}
     return tuple(kernels[name] for name in sorted(kernels))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One step of XLA's schedule: a kernel, or a call of a library."""
+
+    kind: str  # as XLA names it: "kCustomKernel", "kCustomCall"
+    name: str
+    in_command_buffer: bool  # recorded once as part of a CUDA graph, which is one launch in all
+
+
+def compile_launches(
+    fn: Callable[..., object], *args: object, gpu: str, options: Mapping[str, object] | None = None
+) -> tuple[Launch, ...]:
+    """What XLA will launch for one call, in order.
+
+    Args:
+      fn: the function.
+      *args: as of `compile_kernels`.
+      gpu: a key of `GPUS`.
+      options: of XLA's compiler, by name.
+
+    Returns:
+      The launches; a command buffer itself is none, what is in it is.
+    """
+    with _compiled(fn, args, gpu, options) as folder:
+        # The second file is there only if it differs.
+        *_, path = sorted(folder.glob("*.thunk_sequence*.txt"), key=lambda path: "after_thunk_passes" in path.name)
+        lines = path.read_text().splitlines()
+    launches, buffer_indent = [], None
+    for line in lines:
+        found = _THUNK.match(line)
+        if not found:
+            continue
+        indent = len(found["indent"])
+        if buffer_indent is not None and indent <= buffer_indent:
+            buffer_indent = None
+        if found["kind"] == "kCommandBuffer":
+            buffer_indent = indent
+        elif found["kind"] != "kSequential":
+            launches.append(Launch(kind=found["kind"], name=found["name"], in_command_buffer=buffer_indent is not None))
+    return tuple(launches)
+
+
+_THUNK = re.compile(r"(?P<indent>\s*)\d+: (?P<kind>k\w+)\s+\[[^\]]*\] ?(?P<name>\S*)")
+
+
 @contextlib.contextmanager
-def _dumping_mosaic(folder: str) -> Iterator[None]:
-    """Mosaic GPU assembles its kernels itself, and asks the environment where to leave their PTX."""
-    with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTX="1"):
-        yield
+def _compiled(
+    fn: Callable[..., object], args: tuple[object, ...], gpu: str, options: Mapping[str, object] | None = None
+) -> Iterator[pathlib.Path]:
+    """The folder into which XLA and Mosaic GPU wrote what they made of `jax.jit(fn)`."""
+    sharding = SingleDeviceSharding(_device(gpu))
+    described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    with tempfile.TemporaryDirectory() as folder:
+        # Mosaic GPU assembles its kernels itself, and asks the environment where to leave their PTX.
+        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTX="1"):
+            # Autotuning would measure, on the GPU that is not there.
+            defaults = {"xla_dump_to": folder, "xla_gpu_autotune_level": 0}
+            with jax.sharding.use_abstract_mesh(_mesh(gpu)):
+                lowered = jax.jit(fn).lower(*described)
+            lowered.compile(compiler_options=defaults | dict(options or {}))
+        yield pathlib.Path(folder)
 
 
 @functools.cache
@@ -160,6 +210,12 @@ def _device(gpu: str) -> jax.Device:
         platform="cuda", topology_name=gpu, topology="1x1x1", target_config=_target_config(GPUS[gpu])
     )
     return topology.devices[0]
+
+
+def _mesh(gpu: str) -> jax.sharding.AbstractMesh:
+    """What JAX 0.11 and later lower Pallas kernels for where there is no GPU."""
+    device = jax.sharding.AbstractDevice(device_kind=GPUS[gpu].name, num_cores=GPUS[gpu].num_sms, platform="gpu")
+    return jax.sharding.AbstractMesh((), (), abstract_device=device)
 
 
 def _target_config(gpu: Gpu) -> str:

@@ -145,11 +145,35 @@ def test_int8(problem, gpu):
         assert len(loop) / codes <= _INSTRUCTIONS_PER_CODE[gpu]
 
 
+# Of one bitlayer: 8 of them take 12 instructions for each weight, beside 4.5 of one product at 8 bitlayers.
+_INSTRUCTIONS_PER_BIT_OF_A_SWEEP = {"h200": 1.6, "a100": 6.0}
+
+
 @pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w8a24", "w8a8, uneven"])
+def test_int8_sweep(name, gpu):
+    """One bitlayer to a program, of which each word is read once, 16 bytes at a time."""
+    p = INT8[name]
+    config = triton.config_for(p)
+    found = kernel(p, gpu, True)
+    assert "sweep" in found.name
+    assert found.spill_bytes == 0
+    assert not found.uses_local_memory
+    loops = [loop for loop in found.loops if machine_code.count(loop, "IMMA") + machine_code.count(loop, "IGMMA")]
+    assert len(loops) == -(-p.activation_limbs // config.limbs)
+    codes = contract.WORD_BITS * config.block_words * config.block_n // (32 * config.num_warps)
+    for loop in loops:
+        assert machine_code.count(loop, "LDG") == machine_code.count(loop, "LDG.E.128") > 0
+        assert machine_code.count(loop, "IGMMA") > 0 or gpu == "a100"
+        assert len(loop) / codes <= _INSTRUCTIONS_PER_BIT_OF_A_SWEEP[gpu]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("sweep", [False, True], ids=["product", "sweep"])
 @pytest.mark.parametrize(("dtype", "m"), [(jnp.float32, 16), (jnp.bfloat16, 64)])
-def test_dot(dtype, m, gpu):
+def test_dot(dtype, m, sweep, gpu):
     """Unpacked in registers and multiplied on the tensor core; up to 16 bitlayers."""
-    found = kernel(problem(m=m, bits=16, activation_bits=None), gpu, False, dtype)
+    found = kernel(problem(m=m, bits=16, activation_bits=None), gpu, sweep, dtype)
     assert found.spill_bytes == 0
     assert not found.uses_local_memory
     assert found.count("HMMA") + found.count("HGMMA") > 0

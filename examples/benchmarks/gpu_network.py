@@ -1,0 +1,91 @@
+"""What launches cost in a whole network on a GPU: the digits MLP for one image, in CUDA graphs and out of them.
+
+A product of one row takes few microseconds, as long as it takes to launch a kernel or two. XLA records launches that
+follow one another as a *command buffer*, a CUDA graph, which is launched as one. Which of them may be recorded is a
+flag of its compiler, `xla_gpu_enable_command_buffer`, and how many it takes at least is another,
+`xla_gpu_graph_min_graph_size` (5 unless set).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import device_time
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pbjax
+
+GRAPHS: dict[str, dict[str, Any]] = {
+    "as XLA decides": {},
+    "everything": {"xla_gpu_graph_min_graph_size": 1},
+    "nothing": {"xla_gpu_enable_command_buffer": ""},
+}
+FEATURES, HIDDEN, CLASSES = 64, 4096, 10  # of `examples/digits.py`
+BITLAYERS = (4, 8)
+_CALLS = 200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(device_time.Facts):
+    """One line of the output."""
+
+    method: str  # "f32", "bf16" or "bitlayers"
+    bitlayers: int | None
+    backend: str
+    graphs: str  # a key of GRAPHS
+    kernels: int  # 0 where the profiler saw none
+    device_us: float | None  # of all kernels of a call, outside of graphs
+    latency_us: float  # from call to result, median
+    queued_us: float  # from call to call, many queued
+
+
+def measure(facts: dict[str, str], *, backend: str, hidden: int = HIDDEN, calls: int = _CALLS) -> Iterator[Row]:
+    """The network for one image, with weights that stay in the cache if they fit."""
+    model = nn.Sequential([nn.Dense(hidden), nn.relu, nn.Dense(hidden), nn.relu, nn.Dense(CLASSES)])
+    image = jax.random.normal(jax.random.key(1), (1, FEATURES))
+    params = model.init(jax.random.key(0), image)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    qparams = pbjax.quantize(params, bits=8)
+    methods: list[tuple[str, int | None, str, Callable[..., jax.Array], Any, jax.Array]] = [
+        ("f32", None, "dot", model.apply, params, image),
+        ("bf16", None, "dot", model.apply, half, image.astype(jnp.bfloat16)),
+    ]
+
+    def on_bitlayers(qparams, image):
+        with pbjax.use_backend(backend):
+            return pbjax.quantized(model.apply)(qparams, image)
+
+    methods += [
+        ("bitlayers", used, backend, on_bitlayers, pbjax.with_bitlayers(qparams, used), image) for used in BITLAYERS
+    ]
+    for name, used, by, fn, weights, x in methods:
+        for graphs, options in GRAPHS.items():
+            run = jax.jit(fn, compiler_options=options).lower(weights, x).compile()
+            times = device_time.measure({0: lambda i, run=run, w=weights, x=x: run(w, x)}, {"warm": range(calls)})
+            (taken,) = times.values()
+            yield Row(
+                **facts,
+                method=name,
+                bitlayers=used,
+                backend=by,
+                graphs=graphs,
+                kernels=taken.kernels,
+                device_us=round(taken.median_us, 3) if taken.clock == "device" else None,
+                latency_us=round(_latency_us(lambda run=run, w=weights, x=x: run(w, x), calls), 3),
+                queued_us=round(taken.wall_us, 3),
+            )
+
+
+def _latency_us(call: Callable[[], jax.Array], calls: int) -> float:
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)

@@ -1,0 +1,116 @@
+"""What a product is on a GPU beside its own kernel, and what of a network goes into one CUDA graph."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import multiprocessing
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.bit_matmul import contract
+from pbjax import _backends, _partition
+from tests.gpu_compile import machine_code
+
+_missing = machine_code.unavailable()
+pytestmark = [
+    pytest.mark.gpu_compile,
+    pytest.mark.skipif(_missing is not None, reason=f"cannot compile for a GPU here: {_missing}"),
+    # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
+
+CALL = ("kCustomCall", "kCustomCall")  # Mosaic GPU: XLA does not know the name of the kernel
+_FEW_ROWS = {"mosaic": 3, "triton": 4}  # packing, the product, limbs to floats; of `triton` also parts that are added
+_INT8 = 9  # rows, largest magnitude, rounding, limbs, their sums, their order, two of constants, the product, floats
+
+
+def in_own_process(fn, *args):
+    """Mosaic GPU compiles for the first GPU that a process was asked for, and in other tests come others."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(fn, *args).result()
+
+
+@pytest.mark.parametrize(
+    ("backend", "m", "width", "k"),
+    [("mosaic", m, width, 4096) for m, width in ((1, 8), (1, 16), (1, 24), (8, 8), (8, 16), (32, 8))]
+    + [("mosaic", 1, 16, 14336), ("triton", 1, 8, 4096), ("triton", 1, 24, 14336), ("triton", 4, 8, 4096)],
+)
+def test_few_rows_are_packed_in_one_launch(backend, m, width, k):
+    """Largest magnitude, rounding and bits of floats: one kernel; then the product; then what XLA finishes."""
+    launches = in_own_process(launches_of_product, backend, m, width, k)
+    assert launches[0].name == "bit_matmul_pack"
+    product = [launch for launch in launches[1:] if (launch.kind, launch.name) == CALL or "bit_matmul" in launch.name]
+    assert len(product) == 1
+    assert len(launches) <= _FEW_ROWS[backend], launches
+
+
+def test_many_rows():
+    launches = in_own_process(launches_of_product, "triton", 64, 16, 4096)
+    assert sum("bit_matmul_int8" in launch.name for launch in launches) == 1
+    assert len(launches) <= _INT8, launches
+
+
+def launches_of_product(backend: str, m: int, width: int, k: int) -> tuple[machine_code.Launch, ...]:
+    """All of `pbjax.matmul` but its checks."""
+    problem = contract.Problem(m=m, k=k, n=4096, bits=8, group_size=None, activation_bits=width)
+    run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, False)
+    return machine_code.compile_launches(run, *described(problem), gpu="h200")
+
+
+def described(problem: contract.Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (
+        jax.ShapeDtypeStruct((problem.m, problem.k), jnp.float32),
+        jax.ShapeDtypeStruct((problem.bits, problem.num_words, problem.n), jnp.uint32),
+        jax.ShapeDtypeStruct((4, problem.groups, problem.n), jnp.float32),
+        jax.ShapeDtypeStruct((problem.m,), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+def test_a_network_is_one_graph(backend):
+    """Two layers are more launches than XLA's least for a CUDA graph, 5, and nothing of pbjax stays out of it."""
+    network, none, layer, small = in_own_process(launches_of_networks, backend)
+    assert len(network) >= 6
+    assert all(launch.in_command_buffer for launch in network), network
+    assert not any(launch.in_command_buffer for launch in (*none, *layer))
+    assert all(launch.in_command_buffer for launch in small), small
+
+
+def launches_of_networks(backend: str) -> list[tuple[machine_code.Launch, ...]]:
+    """Two layers with default flags and without graphs, one layer with default flags and with small graphs."""
+    problem = contract.Problem(m=1, k=256, n=256, bits=8, group_size=None, activation_bits=16)
+    run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, False)
+
+    def network(x, *weights):
+        return run(jax.nn.relu(run(x, *weights)), *weights)
+
+    return [
+        machine_code.compile_launches(fn, *described(problem), gpu="h200", options=options)
+        for fn, options in (
+            (network, {}),
+            (network, {"xla_gpu_enable_command_buffer": ""}),
+            (run, {}),
+            (run, {"xla_gpu_graph_min_graph_size": 1}),
+        )
+    ]
+
+
+@pytest.mark.parametrize("gpu", ["h200", "a100"])
+@pytest.mark.parametrize(("k", "width"), [(4096, 8), (4096, 16), (14336, 16), (28672, 24)])
+def test_packing_in_machine_code(k, width, gpu):
+    problem = contract.Problem(m=1, k=k, n=4096, bits=8, group_size=None, activation_bits=width)
+    name = "triton"
+    run = functools.partial(_backends.BACKENDS[name].quantize_rows, problem)
+    (found,) = [
+        kernel
+        for kernel in machine_code.compile_kernels(run, described(problem)[0], gpu=gpu)
+        if kernel.name == "bit_matmul_pack"
+    ]
+    assert found.spill_bytes == 0
+    assert not found.uses_local_memory
+    assert found.count("LDG.E.128") >= 8  # the row, on the way to its largest magnitude
+    # A fraction that came from an unrounded product would round ties to the wrong side.
+    assert found.count("FFMA") == 0

@@ -1,0 +1,102 @@
+"""The table of CONTRIBUTING.md that says what machine code promises: every bound in it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from pallas_kernels.bit_matmul import contract, mosaic, triton
+from pallas_kernels.bit_matmul._mosaic_kernel import WARPS, Plan
+from tests.gpu_compile import machine_code, test_mosaic_machine_code, test_triton_machine_code
+from tests.gpu_compile.test_launches import in_own_process
+
+_missing = machine_code.unavailable()
+pytestmark = [
+    pytest.mark.gpu_compile,
+    pytest.mark.skipif(_missing is not None, reason=f"cannot compile for a GPU here: {_missing}"),
+    # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
+
+GPU = machine_code.GPUS["h200"]
+LOAD_BYTES = 512  # of a warp: 16 to a lane
+REGISTERS_PER_SM, WARPS_PER_SM, PROGRAMS_PER_SM = 65536, 64, 32  # CUDA C++ Programming Guide, compute capability 9.0
+TABLE = re.compile(r"^\| `(\w+)` \| (\d+) \| (\d+) \|(.*)\|$", re.MULTILINE)  # backend, rows, width, numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Of one kernel, for one row of the table."""
+
+    registers: int
+    warps: int  # that an SM holds, by registers and shared memory
+    instructions: float  # of the inner loop, per word
+    bytes_in_flight: int  # of words, requested by the warps of an SM before each uses the first
+
+    @property
+    def covered_ns(self) -> float:
+        """The latency at which these bytes are enough to keep the memory busy: they arrive at its rate."""
+        return self.bytes_in_flight / (GPU.memory_bandwidth / GPU.num_sms) * 1e9
+
+
+def facts_of(backend: str, m: int, width: int) -> Facts:
+    problem = contract.Problem(m=m, k=8192, n=8192, bits=8, group_size=None, activation_bits=width)
+    if backend == "mosaic":
+        found = test_mosaic_machine_code.kernel(problem, "h200", False)
+        plan = Plan(problem=problem, config=mosaic.config_for(problem), sweep=False)
+        warps, used = WARPS, "BMMA"
+        shared = 4 * plan.scratch_shape[0] * plan.scratch_shape[1] * plan.scratch_shape[2]
+    else:
+        found = test_triton_machine_code.kernel(problem, "h200", False)
+        config = triton.config_for(problem)
+        assert isinstance(config, triton.SerialConfig)
+        warps, used, shared = config.num_warps, "POPC", found.shared_bytes
+    (loop,) = [loop for loop in found.loops if machine_code.count(loop, used)]
+    loads = machine_code.count(loop, "LDG.E.128")
+    first_use = next(i for i, opcode in enumerate(loop) if opcode.startswith(used))
+    requested = machine_code.count(loop[:first_use], "LDG.E.128")
+    registers = -(-found.registers // 8) * 8  # as they are given out
+    programs = min(
+        REGISTERS_PER_SM // (registers * 32 * warps),
+        WARPS_PER_SM // warps,
+        PROGRAMS_PER_SM,
+        GPU.shared_per_sm // (shared + 1024),  # of which the system takes 1 KiB for each program
+    )
+    return Facts(
+        registers=found.registers,
+        warps=programs * warps,
+        instructions=len(loop) / (4 * loads),
+        bytes_in_flight=programs * warps * requested * LOAD_BYTES,
+    )
+
+
+def rows_of_table() -> list[tuple[str, int, int, list[float]]]:
+    text = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    return [
+        (backend, int(m), int(width), [float(cell) for cell in cells.split("|")])
+        for backend, m, width, cells in TABLE.findall(text)
+    ]
+
+
+def test_the_table_has_every_kernel_for_few_rows():
+    assert {(backend, m, width) for backend, m, width, _ in rows_of_table()} == {
+        ("mosaic", 1, 8),
+        ("mosaic", 1, 16),
+        ("mosaic", 8, 8),
+        ("triton", 1, 8),
+        ("triton", 1, 16),
+    }
+
+
+@pytest.mark.parametrize(("backend", "m", "width", "promised"), rows_of_table())
+def test_bounds(backend, m, width, promised):
+    facts = in_own_process(facts_of, backend, m, width)
+    registers, warps, instructions, kilobytes, covered_ns = promised
+    assert facts.registers <= registers
+    assert facts.warps >= warps
+    assert facts.instructions <= instructions
+    assert facts.bytes_in_flight >= 1000 * kilobytes
+    assert facts.covered_ns >= covered_ns

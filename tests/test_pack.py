@@ -1,0 +1,130 @@
+"""Rows packed in one kernel: the codes, bits and sums of `activations.quantize_rows`, in each product's own order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.bit_matmul import activations, contract, limbs, mosaic, reference, triton
+from tests import cases
+from tests.test_triton import H200
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case(cases.Shape):
+    cut: dict[str, int] | None = None  # of `triton`, instead of what `config_for` would choose
+
+    @property
+    def triton(self) -> triton.SerialConfig:
+        return dataclasses.replace(triton._triton_serial.config_for(self.problem), **(self.cut or {}))
+
+
+CASES = {
+    "one_of_everything": Case(m=1, k=1, n=4, bits=1, activation_bits=2),
+    "one_past_a_word": Case(m=2, k=33, n=4, bits=8, activation_bits=7),
+    "full_blocks": Case(m=1, k=512, n=4, bits=8, activation_bits=16, cut={"num_blocks": 2}),
+    "blocks_of_rows": Case(m=5, k=300, n=4, bits=8, activation_bits=9),
+    "widest": Case(m=3, k=200, n=4, bits=16, activation_bits=24),
+    "short_last_group": Case(m=2, k=230, n=4, bits=5, activation_bits=16, group_size=96),
+    "many_words_to_a_program": Case(m=1, k=5000, n=4, bits=3, activation_bits=6, cut={"num_blocks": 3}),
+    "two_segments": Case(m=1, k=contract.MAX_EXACT_K + 40, n=4, bits=1, activation_bits=3),
+}
+
+
+def rows(case: Case, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    x = jax.random.normal(jax.random.key(case.k), (case.m, case.k), jnp.float32)
+    return (x * jnp.exp2(jnp.arange(case.m, dtype=jnp.float32) % 4 * 37 - 60)[:, None]).astype(dtype)
+
+
+def pack_mosaic(case: Case, x: jax.Array):
+    return jax.jit(lambda x: mosaic.quantize_rows(case.problem, x, interpret=True))(x)
+
+
+def pack_triton(case: Case, x: jax.Array):
+    return jax.jit(lambda x: triton.quantize_rows(case.problem, x, config=case.triton, interpret=True))(x)
+
+
+def assert_packed(case: Case, x: jax.Array):
+    """The bits of XLA's own packing of XLA's own codes, and what both say of the rows."""
+    codes, unit, finite = activations.quantize_rows(x, case.activation_bits)
+    expected = mosaic._pack(mosaic._plan(case.problem, None, sweep=False), codes)
+    packed, *of_rows = pack_mosaic(case, x)
+    jax.tree.map(np.testing.assert_array_equal, packed, expected)
+    np.testing.assert_array_equal(of_rows, (unit, jnp.where(finite, 0.0, jnp.nan)))
+    packed, *of_rows = pack_triton(case, x)
+    np.testing.assert_array_equal(of_rows, (unit, jnp.where(finite, 0.0, jnp.nan)))
+    np.testing.assert_array_equal(packed.row_sums, expected.row_sums)
+    bits = limbs.pack(triton._pad(case.problem, codes), case.activation_bits)
+    cut = triton._triton_serial._cut(case.problem, case.triton)
+    np.testing.assert_array_equal(packed.bits[: case.m], cut.arrange(bits))
+    np.testing.assert_array_equal(packed.bits[case.m :], 0)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bits_are_those_of_xla(case):
+    assert_packed(case, rows(case))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_floats(dtype):
+    case = dataclasses.replace(CASES["one_past_a_word"], m=1)
+    assert_packed(case, jax.random.normal(jax.random.key(0), (1, case.k), dtype))
+
+
+@pytest.mark.parametrize("activation_bits", [2, 8, 16, 24])
+def test_ties_go_to_even(activation_bits):
+    """x = step * (i + 1/2) exactly, of both signs, with powers of two around them."""
+    top = 2 ** (activation_bits - 1) - 1
+    i = np.linspace(-top, top - 1, 64).round()
+    x = np.concatenate([[top], i + 0.5, [np.nextafter(0.5, 1), np.nextafter(0.5, 0), -0.0, 1e-30]])
+    x = x * 2.0 ** np.array([-120, 0, 90])[:, None]
+    assert_packed(Case(m=3, k=x.shape[1], n=4, bits=1, activation_bits=activation_bits), jnp.asarray(x, jnp.float32))
+
+
+def test_extreme_rows():
+    """Zeros, subnormals, the largest float, NaN and infinities: each row by itself."""
+    x = np.zeros((6, 70), np.float32)
+    x[1:] = np.random.default_rng(0).normal(size=(5, 70))
+    x[1] *= 1e-39
+    x[2, 3] = np.finfo(np.float32).max
+    x[3, 69], x[4, 0], x[5, 40] = np.nan, np.inf, -np.inf
+    assert_packed(Case(m=6, k=70, n=4, bits=2, activation_bits=8), jnp.asarray(x))
+
+
+@pytest.mark.parametrize("case", [CASES["blocks_of_rows"]])
+def test_products_take_packed_rows(case):
+    rng = np.random.default_rng(0)
+    problem = case.problem
+    words = jnp.asarray(rng.integers(0, 2**32, (case.bits, problem.num_words, case.n), dtype=np.uint32))
+    scale = jnp.asarray(rng.normal(size=(4, problem.groups, case.n)), jnp.float32)
+    counts = jnp.asarray(case.bits - np.arange(case.m) % case.bits, jnp.int32)
+    codes, *_ = activations.quantize_rows(rows(case), case.activation_bits)
+    packed, *_ = pack_triton(case, rows(case))
+    options = dict(config=case.triton, interpret=True)
+    y = jax.jit(lambda *a: triton.matmul(problem, *a, **options))(packed, words, scale, counts)
+    np.testing.assert_array_equal(y, reference.matmul(problem, codes, words, scale, counts))
+    limit = jnp.int32(case.bits)
+    y = jax.jit(lambda *a: triton.prefixes(problem, *a, **options))(packed, words, scale, limit)
+    np.testing.assert_array_equal(y, reference.prefixes(problem, codes, words, scale, limit))
+
+
+def test_many_rows_stay_codes():
+    case = Case(m=40, k=64, n=4, bits=4, activation_bits=16)
+    codes, unit, poison = triton.quantize_rows(case.problem, rows(case)[:, :64].at[3, 5].set(jnp.nan))
+    assert codes.shape == (40, 64)
+    assert unit.shape == (40,)
+    np.testing.assert_array_equal(np.isnan(poison), np.arange(40) == 3)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_lowers_for_cuda(case):
+    with jax.sharding.use_abstract_mesh(H200):
+        for fn, config in ((mosaic.quantize_rows, None), (triton.quantize_rows, case.triton)):
+            traced = jax.jit(lambda x, fn=fn, config=config: fn(case.problem, x, config=config)).trace(rows(case))
+            assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
