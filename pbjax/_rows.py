@@ -10,6 +10,8 @@ from jax import lax
 
 from pallas_kernels.bit_matmul import activations
 
+_LARGE = 2.0**64
+
 
 def on_codes(
     run: Callable[[jax.Array], jax.Array], x: jax.Array, activation_bits: int | None, axes: tuple[str, ...] = ()
@@ -26,8 +28,11 @@ def on_codes(
       f32[.., m, n].
     """
     if activation_bits is None:
-        x, _, finite = activations.finite_rows(x, axes)
-        y = run(x)
+        x, magnitude, finite = activations.finite_rows(x, axes)
+        # Sums on the way are up to 2 k times the result: rows of large values are scaled down, exactly.
+        large = magnitude >= _LARGE
+        y = run(x * jnp.where(large, 1 / _LARGE, 1.0).astype(x.dtype)[:, None])
+        y = y * _per_row(jnp.where(large, _LARGE, 1.0), y.ndim)
     else:
         codes, unit, finite = activations.quantize_rows(x, activation_bits, axes)
         y = run(codes)
