@@ -166,8 +166,8 @@ def plan(name: str, leaf: Any, uses: list[_uses.Use], rule: Rule) -> Plan:
         )
     if (widths.group_size or k) > _format.MAX_GROUP:
         raise ValueError(
-            f"a weight to quantize must have at most {_format.MAX_GROUP} inputs to a scale, but {name} of shape {leaf.shape} "
-            f"has {widths.group_size or k}. Give it a smaller `group_size`."
+            f"a weight to quantize must have at most {_format.MAX_GROUP} inputs to a scale, but {name} of shape "
+            f"{leaf.shape} has {widths.group_size or k}. Give it a smaller `group_size`."
         )
     packed_contract = tuple(a - num_stack for a in contract_axes)
     return Plan(
