@@ -17,6 +17,7 @@ import pytest
 import cpu_kernels
 import pallas_kernels
 import pbjax
+from tests import public_api
 
 PACKAGES = {package.__name__: pathlib.Path(package.__file__).parent for package in (pbjax, pallas_kernels, cpu_kernels)}
 FILES = [(name, file) for name, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
@@ -123,3 +124,10 @@ def test_public_names_are_documented_and_typed():
             assert not (value.__doc__.startswith(f"{name}(")), f"{name} has only the signature that dataclass writes"
     for folder in PACKAGES.values():
         assert (folder / "py.typed").is_file()
+
+
+def test_public_api_is_the_one_written_down():
+    """Nothing changes by accident what users may rely on."""
+    assert public_api.FILE.read_text() == public_api.text(), "run `python -m tests.public_api`, and tell the changelog"
+    assert "pbjax.quantize(tree, bits, *, fn=None" in public_api.text()
+    assert "pbjax.linen.Dense: flax.linen.Dense\n" in public_api.text()
