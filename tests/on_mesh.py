@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pbjax
+from tests import test_stateful
 
 BITS, K, N = 6, 512, 64
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
@@ -319,6 +320,11 @@ def errors():
     )
     expect(r"`w`, cut over k along \('b',\), must fall into whole words of 32, but got k = 80", on_mesh, 80)
     expect(r"`w.scale` must be the same on all devices that share k, but it varies over \('b',\)", on_mesh, 128)
+
+
+def random_sequences():
+    """tests/test_stateful.py, with weights that are cut over the devices."""
+    test_stateful.run_on_mesh()
 
 
 def processes(port, process_id):

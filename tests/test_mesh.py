@@ -19,6 +19,7 @@ CASES = [
     "quantize",
     "model",
     "errors",
+    "random_sequences",
 ]
 
 
