@@ -133,7 +133,7 @@ def test_lowest_versions_are_those_that_are_tested():
     root = pathlib.Path(__file__).parent.parent
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    accepted = " ".join([*project["dependencies"], *extras["examples"], *extras["test"]])
+    accepted = " ".join([*project["dependencies"], *extras["plot"], *extras["examples"], *extras["test"]])
     floors = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (root / "tests" / "floors.txt").read_text(), re.MULTILINE))
 
     def numbers(version):
