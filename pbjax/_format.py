@@ -22,6 +22,9 @@ from pallas_kernels._compat import varying_like
 from pallas_kernels.bit_matmul.contract import NUM_SCALES, WORD_BITS, num_groups, num_words
 from pallas_kernels.bit_matmul.epilogue import power_of_two
 
+# Inputs to a scale. The sums of its least squares are int32: beyond, too few bits of a weight have room in them.
+MAX_GROUP = 2**20
+
 # Elements of a weight that are quantized at a time: intermediates take some 30 bytes for each.
 _BLOCK_ELEMENTS = 2**20
 
@@ -42,10 +45,13 @@ def quantize(
 
     Returns:
       words: uint32[bits, ceil(k / 32), n].
-      scale: f32[min(bits, 4), groups, n]; row b - 1 serves b bitlayers, the last all b >= 4.
+      scale: f32[min(bits, 4), groups, n]; row b - 1 serves b bitlayers, the last all b >= 4. NaN, at every number of
+        bitlayers, for a group that holds a NaN or an infinity.
     """
     weight = weight.astype(jnp.float32)
-    magnitude = _group_reduce(jnp.max, jnp.abs(weight), group_size)
+    # Some of XLA's CPU code for a maximum passes over NaNs, so they go through it as infinities.
+    magnitude = _group_reduce(jnp.max, jnp.where(jnp.isnan(weight), jnp.inf, jnp.abs(weight)), group_size)
+    magnitude = jnp.where(jnp.isfinite(magnitude), magnitude, jnp.nan)
     if clip_bits is not None:
         magnitude = magnitude * _best_clip(weight, magnitude, clip_bits, group_size)
     codes = encode(weight, magnitude, bits, group_size)

@@ -104,6 +104,8 @@ def matmul(
         _check_shard(w, axes)
 
     def multiply(x, w, counts):
+        if x.dtype.itemsize > 4:  # here, where derivatives go through it, and not where 64 bits are switched off
+            x = x.astype(jnp.float32)
         y = _product.product(
             x.reshape(m, w.k),
             w.words,

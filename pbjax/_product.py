@@ -115,8 +115,8 @@ def _batched(config: _Config) -> tuple[Product, Product]:
         if x_batched:
             rows = x.shape[1]
             counts = bitlayers if bitlayers_batched else jnp.broadcast_to(bitlayers, (axis_size, rows))
-            y = matmul(x.reshape(axis_size * rows, -1), words, scale, counts.reshape(axis_size * rows))
-            return y.reshape(axis_size, rows, -1), True
+            y = matmul(x.reshape(axis_size * rows, x.shape[2]), words, scale, counts.reshape(axis_size * rows))
+            return y.reshape(axis_size, rows, words.shape[-1]), True
         running = prefixes(x, words, scale, jnp.max(bitlayers, initial=1))
         return running[bitlayers - 1, jnp.arange(x.shape[0])], True
 
@@ -125,12 +125,12 @@ def _batched(config: _Config) -> tuple[Product, Product]:
         x_batched, words_batched, scale_batched, limit_batched = in_batched
         if words_batched or scale_batched:
             return _map(prefixes, in_batched, (x, words, scale, limit)), True
-        limit = jnp.max(limit) if limit_batched else limit
+        limit = jnp.max(limit, initial=1) if limit_batched else limit
         if not x_batched:
             return prefixes(x, words, scale, limit), False
         rows = x.shape[1]
-        y = prefixes(x.reshape(axis_size * rows, -1), words, scale, limit)
-        return jnp.moveaxis(y.reshape(y.shape[0], axis_size, rows, -1), 1, 0), True
+        y = prefixes(x.reshape(axis_size * rows, x.shape[2]), words, scale, limit)
+        return jnp.moveaxis(y.reshape(y.shape[0], axis_size, rows, words.shape[-1]), 1, 0), True
 
     return matmul, prefixes
 

@@ -56,7 +56,8 @@ def quantize(
       bits: bitlayers to store, 1..16.
       fn: a function whose first argument is `tree`.
       args: the other arguments of `fn`; `jax.ShapeDtypeStruct`s will do.
-      group_size: consecutive k that share a scale, a multiple of 32; None for one scale per output channel.
+      group_size: consecutive k that share a scale, a multiple of 32; None for one scale per output channel. Where a
+        weight has less k, its group is cut to the words that hold it.
       activation_bits: width of fixed-point activations in products, 2..24, or None for float ones.
       clip_bits: if given, each group is clipped to what gives the least error at this many bitlayers. Better below,
         worse above it.

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bit_matmul import activations
+
+_LARGE = 2.0**64
 
 
 def on_codes(
@@ -31,8 +34,11 @@ def on_codes(
       f32[.., m, n].
     """
     if activation_bits is None:
-        x, _, finite = activations.finite_rows(x, axes)
-        y, poison = run(x), activations.poison(finite)
+        x, magnitude, finite = activations.finite_rows(x, axes)
+        # Sums on the way are up to 2 k times the result: rows of large values are scaled down, exactly.
+        large = magnitude >= _LARGE
+        y = run(x * jnp.where(large, 1 / _LARGE, 1.0).astype(x.dtype)[:, None])
+        y, poison = y * _per_row(jnp.where(large, _LARGE, 1.0), y.ndim), activations.poison(finite)
     else:
         if quantize:
             codes, unit, poison = quantize(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import EllipsisType
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _checks, _paths, _sharding, _uses
+from pbjax import _checks, _format, _paths, _sharding, _uses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +158,17 @@ def plan(name: str, leaf: Any, uses: list[_uses.Use], rule: Rule) -> Plan:
         )
     if 0 in leaf.shape:
         raise ValueError(f"a weight to quantize must not be empty, but {name} is {_describe(leaf)}.")
+    k = math.prod(leaf.shape[a] for a in contract_axes)
+    widths = rule.widths
+    if widths.group_size is not None:  # what lies beyond k is nothing, and must not become padding
+        widths = dataclasses.replace(
+            widths, group_size=min(widths.group_size, contract.num_words(k) * contract.WORD_BITS)
+        )
+    if (widths.group_size or k) > _format.MAX_GROUP:
+        raise ValueError(
+            f"a weight to quantize must have at most {_format.MAX_GROUP} inputs to a scale, but {name} of shape "
+            f"{leaf.shape} has {widths.group_size or k}. Give it a smaller `group_size`."
+        )
     packed_contract = tuple(a - num_stack for a in contract_axes)
     return Plan(
         num_stack=num_stack,
@@ -164,7 +176,7 @@ def plan(name: str, leaf: Any, uses: list[_uses.Use], rule: Rule) -> Plan:
         output_axes=tuple(a for a in range(rank - num_stack) if a not in packed_contract),
         in_blocks=isinstance(leaf, np.ndarray) or (is_concrete(leaf) and len(leaf.sharding.device_set) == 1),
         layer_by_layer=not _sharding.cuts_stack(leaf, num_stack),
-        **dataclasses.asdict(rule.widths),
+        **dataclasses.asdict(widths),
     )
 
 

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pbjax
+from tests import test_stateful
 
 BITS, K, N = 6, 512, 64
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
@@ -394,6 +395,11 @@ def orbax():
         x = put(other, normal(4, K, seed=1), P())
         np.testing.assert_array_equal(pbjax.matmul(x, restored["flat"]), pbjax.matmul(x, elsewhere["flat"]))
         assert pbjax.with_bitlayers(restored, 2)["flat"].bitlayers == 2
+
+
+def random_sequences():
+    """tests/test_stateful.py, with weights that are cut over the devices."""
+    test_stateful.run_on_mesh()
 
 
 def processes(port, process_id, path):

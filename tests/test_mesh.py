@@ -24,6 +24,7 @@ CASES = [
     "errors",
     "files",
     "orbax",
+    "random_sequences",
 ]
 
 

@@ -6,8 +6,10 @@ import ast
 import doctest
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import flax
 import jax
@@ -17,6 +19,7 @@ import pytest
 import cpu_kernels
 import pallas_kernels
 import pbjax
+from tests import public_api
 
 PACKAGES = {package.__name__: pathlib.Path(package.__file__).parent for package in (pbjax, pallas_kernels, cpu_kernels)}
 FILES = [(name, file) for name, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
@@ -123,3 +126,26 @@ def test_public_names_are_documented_and_typed():
             assert not (value.__doc__.startswith(f"{name}(")), f"{name} has only the signature that dataclass writes"
     for folder in PACKAGES.values():
         assert (folder / "py.typed").is_file()
+
+
+def test_lowest_versions_are_those_that_are_tested():
+    """tests/floors.txt has what pyproject.toml accepts at least, of all that the tests need."""
+    root = pathlib.Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    accepted = " ".join([*project["dependencies"], *extras["plot"], *extras["examples"], *extras["test"]])
+    floors = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (root / "tests" / "floors.txt").read_text(), re.MULTILINE))
+
+    def numbers(version):
+        return tuple(map(int, (version + ".0.0").split(".")[:3]))
+
+    lowest = {name: numbers(version) for name, version in re.findall(r"([\w-]+)>=([\d.]+)", accepted)}
+    assert {"jax", "flax", "pytest", "optax"} <= set(lowest)
+    assert {**lowest, "jaxlib": lowest["jax"]} == {name: numbers(version) for name, version in floors.items()}
+
+
+def test_public_api_is_the_one_written_down():
+    """Nothing changes by accident what users may rely on."""
+    assert public_api.FILE.read_text() == public_api.text(), "run `python -m tests.public_api`, and tell the changelog"
+    assert "pbjax.quantize(tree, bits, *, fn=None" in public_api.text()
+    assert "pbjax.linen.Dense: flax.linen.Dense\n" in public_api.text()
