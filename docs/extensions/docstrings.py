@@ -1,0 +1,61 @@
+"""Docstrings as they are written here, in plain text with formulas, as reStructuredText that autodoc can read.
+
+The differences: a formula or listing is set off by indentation only, names stand in single backticks, and `*`, `|` and
+`_` outside of them are mathematics, not markup.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+from sphinx.application import Sphinx
+
+_SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields|Example|Examples|References|Cost|Note):")
+_EXAMPLE = (">>>", "...")
+_CODE = re.compile(r"(``.+?``|`[^`]+`)")  # `` `name` `` and `name` alike
+_MARKUP = re.compile(r"([*|]|_\b)")
+
+
+def to_rst(lines: list[str]) -> list[str]:
+    """The same docstring, its listings marked as such and its mathematics escaped."""
+    out: list[str] = []
+    in_listing = in_section = False
+    previous = ""
+    for line in lines:
+        text = line.lstrip()
+        if line and text == line:
+            in_listing, in_section = False, bool(_SECTION.match(line))
+        elif text and not in_listing and not in_section and not text.startswith(_EXAMPLE):
+            in_listing = True  # what is indented outside of sections
+            out += ["", "::", ""]
+        elif text.startswith("- ") and previous and _indent(previous) < _indent(line):
+            out.append("")  # before a list inside of a section
+        out.append(line if in_listing or text.startswith(_EXAMPLE) else _escape(line))
+        previous = line
+    return out
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _escape(line: str) -> str:
+    """Escapes what reStructuredText would read as markup, outside of backticks."""
+    text, *rest = _CODE.split(line)
+    parts = [_MARKUP.sub(r"\\\1", text)]
+    for code, text in zip(rest[::2], rest[1::2], strict=True):
+        separator = "\\ " if text[:1].isalnum() else ""  # as in `Spec`s
+        parts += [f"``{code.strip('`').strip()}``", separator, _MARKUP.sub(r"\\\1", text)]
+    return "".join(parts)
+
+
+def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    del app, what, name, obj, options
+    lines[:] = to_rst(textwrap.dedent("\n".join(lines)).split("\n"))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon, which reads the sections
+    return {"parallel_read_safe": True}
