@@ -1,4 +1,4 @@
-"""Sphinx's configuration of the documentation: `sphinx-build -W docs build/docs` draws, executes and writes all of it."""
+"""Configuration of the documentation: `sphinx-build -W docs build/docs` draws, executes and writes all of it."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ def to_rst(lines: list[str]) -> list[str]:
             out += ["", "::", ""]
         elif text.startswith("- ") and previous and _indent(previous) < _indent(line):
             out.append("")  # before a list inside of a section
+        elif previous == "Returns:":
+            line = f"{line[: _indent(line)]}: {text}"  # napoleon would take words before a colon for a type
         out.append(line if in_listing or text.startswith(_EXAMPLE) else _escape(line))
         previous = line
     return out

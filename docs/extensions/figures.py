@@ -158,7 +158,9 @@ def layout() -> Figure:
                     lw=0.8,
                 )
             )
-        axis.text(left - 0.1, top - 0.6 * word - 0.3, f"k {32 * word}-{32 * word + 31}", ha="right", va="center", fontsize=8)
+        axis.text(
+            left - 0.1, top - 0.6 * word - 0.3, f"k {32 * word}-{32 * word + 31}", ha="right", va="center", fontsize=8
+        )
     axis.text(4, top + 0.2, "one bitlayer: output channels from left to right", ha="center")
     word = 0xB25D0E93
     bottom = top - 2.6

@@ -32,13 +32,13 @@ def number(value: str | float) -> str:
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    rule = ["---", *["--:"] * (len(head) - 1)]
+    rule = ["---", *["--:"] * (len(head) - 1)]  # numbers to the right
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
 
-def activations(row: Row) -> str:
-    """How a row's activations are represented."""
-    return f"{row['activation_bits']} bits" if row["activation_bits"] else "float"
+def activations(width: str) -> str:
+    """How activations of a width are called."""
+    return f"{width} bits" if width else "float"
 
 
 def distinct(rows: Iterable[Row], *columns: str) -> list[tuple[str, ...]]:
@@ -51,20 +51,22 @@ def only(rows: Iterable[Row], **values: str) -> list[Row]:
     return [row for row in rows if all(row[column] == value for column, value in values.items())]
 
 
-def speedups(rows: list[Row], product: str, sweep: str, speedup: str) -> str:
-    """Speed over float32 by weight, rows and activations, for each number of bitlayers and for a sweep."""
+def by_weight(rows: list[Row], make: Callable[[list[Row]], str]) -> str:
+    """One table for each size of the weight, so that they are no wider than a phone."""
+    return "\n".join(f"Weights of {k} x {n}:\n\n{make(only(rows, k=k, n=n))}" for k, n in distinct(rows, "k", "n"))
+
+
+def speedups(rows: list[Row], product: str, sweep: str) -> str:
+    """Speed over float32 by rows and activations, for each number of bitlayers and for a sweep."""
     ours = only(rows, method=product)
     counts = sorted({int(row["bitlayers"]) for row in ours})
     lines = []
-    for k, n, m in distinct(ours, "k", "n", "m"):
-        for (width,) in distinct(only(ours, k=k, n=n, m=m), "activation_bits"):
-            here = only(rows, k=k, n=n, m=m, activation_bits=width)
-            by_count = {int(row["bitlayers"]): row for row in only(here, method=product)}
-            swept = only(here, method=sweep)
-            cells = [number(by_count[count][speedup]) if count in by_count else "" for count in counts]
-            last = number(swept[0][speedup]) if swept else ""
-            lines.append([f"{k} x {n}", m, activations({"activation_bits": width}), *cells, last])
-    return table(["weight", "rows", "activations", *(f"{count} bl" for count in counts), "sweep"], lines)
+    for m, width in distinct(ours, "m", "activation_bits"):
+        here = only(rows, m=m, activation_bits=width)
+        by_count = {int(row["bitlayers"]): row for row in only(here, method=product)}
+        found = [by_count.get(count) for count in counts] + (only(here, method=sweep) or [None])
+        lines.append([m, activations(width), *(number(row["speedup_over_f32"]) if row else "" for row in found)])
+    return table(["rows", "activations", *map(str, counts), "sweep"], lines)
 
 
 def machine(rows: list[Row], *columns: str) -> str:
@@ -77,7 +79,7 @@ def machine(rows: list[Row], *columns: str) -> str:
 
 def cpu_speedups() -> str:
     """Backend `cpu` over XLA's float32 product."""
-    return speedups(read("cpu.csv"), "pbjax", "pbjax sweep", "speedup_over_f32")
+    return by_weight(read("cpu.csv"), lambda rows: speedups(rows, "pbjax", "pbjax sweep"))
 
 
 def cpu_machine() -> str:
@@ -85,52 +87,52 @@ def cpu_machine() -> str:
     return machine(read("cpu.csv"), "date", "cpu", "threads", "cache")
 
 
+OURS = [(count, width) for width in ("8", "16") for count in ("4", "8")]  # beside other libraries
+
+
 def cpu_others() -> str:
-    """What others reach in the same turns, and pbjax with 4 bitlayers of 8-bit activations beside them."""
+    """Other libraries in the same turns, and pbjax beside them."""
     rows = [row for row in read("cpu.csv") if row["method"] not in ("read", "pbjax sweep")]
+    return by_weight(rows, _others)
+
+
+def _others(rows: list[Row]) -> str:
+    counts = [m for (m,) in distinct(rows, "m")]
+
+    def line(label: str, column: str = "speedup_over_f32", scale: float = 1, **values: str) -> list[str]:
+        found = [only(rows, m=m, **values) for m in counts]
+        return [label, *(number(float(cell[0][column]) * scale) if cell else "" for cell in found)]
+
+    lines = [line("XLA f32, in ms", "median_us", 1e-3, method="XLA f32")]
+    for count, width in OURS:
+        label = f"pbjax, {count} bitlayers, activations of {width} bits"
+        lines.append(line(label, method="pbjax", bitlayers=count, activation_bits=width))
     others = [method for (method,) in distinct(rows, "method") if method not in ("pbjax", "XLA f32")]
-    lines = []
-    shapes = distinct(rows, "k", "n", "m")
-    head = ["method", *(f"{k}, {m} {'row' if m == '1' else 'rows'}" for k, _, m in shapes)]
-
-    def line(label: str, column: str, scale: float = 1, **values: str) -> list[str]:
-        cells = []
-        for k, n, m in shapes:
-            found = only(rows, k=k, n=n, m=m, **values)
-            cells.append(number(float(found[0][column]) * scale) if found else "")
-        return [label, *cells]
-
-    lines.append(line("XLA f32, ms", "median_us", 1e-3, method="XLA f32"))
-    for width in ("8", "16"):
-        for count in ("4", "8"):
-            label = f"pbjax, {count} bitlayers, {width}-bit activations"
-            lines.append(line(label, "speedup_over_f32", method="pbjax", bitlayers=count, activation_bits=width))
-    lines += [line(method, "speedup_over_f32", method=method) for method in others]
-    return table(head, lines)
+    lines += [line(method, method=method) for method in others]
+    return table(["method", *(f"{m} {'row' if m == '1' else 'rows'}" for m in counts)], lines)
 
 
 def cpu_fastest() -> str:
-    """Which method was the fastest for each shape, of those with weights of 8 bits and of those with fewer."""
-    rows = read("cpu.csv")
+    """How pbjax compares with the fastest of the other methods."""
+    rows = [row for row in read("cpu.csv") if row["method"] not in ("read", "pbjax sweep")]
+    return by_weight(rows, _fastest)
+
+
+def _fastest(rows: list[Row]) -> str:
     lines = []
-    for k, n, m in distinct(rows, "k", "n", "m"):
-        here = [row for row in only(rows, k=k, n=n, m=m) if row["method"] not in ("read", "pbjax sweep")]
-        best = max(
-            (row for row in here if not row["method"].startswith("pbjax")), key=lambda row: float(row["speedup_over_f32"])
-        )
-        ratios = [
-            float(row["speedup_over_f32"]) / float(best["speedup_over_f32"])
-            for count, width in (("4", "8"), ("8", "8"), ("4", "16"), ("8", "16"))
-            for row in only(here, method="pbjax", bitlayers=count, activation_bits=width)
-        ]
-        lines.append([f"{k} x {n}", m, best["method"], *map(number, ratios)])
-    head = ["weight", "rows", "fastest of the others", "4 bl, 8-bit", "8 bl, 8-bit", "4 bl, 16-bit", "8 bl, 16-bit"]
-    return table(head, lines)
+    for (m,) in distinct(rows, "m"):
+        here = only(rows, m=m)
+        others = [row for row in here if row["method"] != "pbjax"]
+        best = max(others, key=lambda row: float(row["speedup_over_f32"]))
+        ours = [only(here, method="pbjax", bitlayers=count, activation_bits=width)[0] for count, width in OURS]
+        ratios = [float(row["speedup_over_f32"]) / float(best["speedup_over_f32"]) for row in ours]
+        lines.append([m, best["method"], *map(number, ratios)])
+    return table(["rows", "fastest other", *(f"{count} / {width}" for count, width in OURS)], lines)
 
 
 def xla_speedups() -> str:
     """Backend `xla` over XLA's float32 product."""
-    return speedups(only(read("matmul_cpu.csv"), k="4096"), "bitlayers", "sweep", "speedup_over_f32")
+    return by_weight(only(read("matmul_cpu.csv"), k="4096"), lambda rows: speedups(rows, "bitlayers", "sweep"))
 
 
 def xla_machine() -> str:
@@ -149,8 +151,8 @@ def layer_speedups() -> str:
         for (width,) in distinct(only(packed, layer=layer), "activation_bits"):
             here = {int(row["bitlayers"]): row for row in only(packed, layer=layer, activation_bits=width)}
             cells = [number(here[count]["speedup_over_float"]) for count in counts]
-            lines.append([layer, f"{float(time) / 1000:.2f}", activations({"activation_bits": width}), *cells])
-    return table(["layer", "float, ms", "activations", *(f"{count} bl" for count in counts)], lines)
+            lines.append([layer, f"{float(time) / 1000:.2f}", activations(width), *cells])
+    return table(["layer", "float, ms", "activations", *map(str, counts)], lines)
 
 
 def layer_machine() -> str:
