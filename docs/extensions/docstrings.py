@@ -54,8 +54,10 @@ def _escape(line: str) -> str:
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    del app, what, name, obj, options
+    del app, name, obj, options
     lines[:] = to_rst(textwrap.dedent("\n".join(lines)).split("\n"))
+    if what == "property":
+        lines[0] = f": {lines[0]}"  # as in "Returns:"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
