@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+nb_execution_in_temp = True  # pages may write files
 nb_merge_streams = True
 
 # Reference: signatures as they are written, descriptions from the docstrings.

@@ -42,7 +42,8 @@ def run(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_code_runs(page):
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages may write files
     if "import qwix" in page.read_text():
         pytest.importorskip("qwix")
     if "jax_num_cpu_devices" not in page.read_text():
