@@ -90,6 +90,15 @@ def test_every_page_is_in_the_contents():
     assert sorted(" ".join(listed).split()) == sorted(page.stem for page in PAGES if page.stem != "index")
 
 
+def test_every_public_name_is_in_the_reference():
+    listed = set(re.findall(r"^\.\. auto\w+:: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    ours = ("pbjax", "pallas_kernels")
+    public = {name for name, value in vars(pbjax).items() if getattr(value, "__module__", "").startswith(ours)}
+    public = {name for name in public if not name.startswith("_")}
+    assert {"quantize", "BitTensor", "Problem"} <= public
+    assert sorted(public - listed) == []
+
+
 def extension(name):
     """A module of docs/extensions; Sphinx, which it is written for, may be missing."""
     pytest.importorskip("sphinx")
@@ -126,6 +135,9 @@ def test_docstrings_become_restructured_text():
         "",
         "    f(x) = 2 * x",
         "",
+        "- an item, which goes",
+        "  on;",
+        "",
         "Args:",
         "  x: one of",
         "    - `a`;",
@@ -141,6 +153,9 @@ def test_docstrings_become_restructured_text():
         "::",
         "",
         "    f(x) = 2 * x",
+        "",
+        "- an item, which goes",
+        "  on;",
         "",
         "Args:",
         "  x: one of",

@@ -21,13 +21,15 @@ _MARKUP = re.compile(r"([*|]|_\b)")
 def to_rst(lines: list[str]) -> list[str]:
     """The same docstring, its listings marked as such and its mathematics escaped."""
     out: list[str] = []
-    in_listing = in_section = False
+    in_listing = in_section = in_item = False
     previous = ""
     for line in lines:
         text = line.lstrip()
-        if line and text == line:
-            in_listing, in_section = False, bool(_SECTION.match(line))
-        elif text and not in_listing and not in_section and not text.startswith(_EXAMPLE):
+        if text == line:
+            in_listing = in_listing and not line
+            in_section = bool(_SECTION.match(line)) or (in_section and not line)
+            in_item = line.startswith("- ")
+        elif not in_listing and not in_section and not in_item and not text.startswith(_EXAMPLE):
             in_listing = True  # what is indented outside of sections
             out += ["", "::", ""]
         elif text.startswith("- ") and previous and _indent(previous) < _indent(line):
