@@ -28,6 +28,7 @@ extensions = [
     "figures",
     "mathml",
     "measured",
+    "readme",
 ]
 exclude_patterns = ["_generated", "extensions"]
 

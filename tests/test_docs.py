@@ -129,6 +129,13 @@ def test_numbers_have_two_digits(value, text):
     assert extension("measured").number(value) == text
 
 
+def test_sections_of_the_readme_have_the_links_of_pages():
+    text = "# x\n\n## a\n\n[p](docs/p.md#q), [c](C.md), [h](#b), [w](https://w.org)\n\n## b\n"
+    assert extension("readme").section(text, "a") == "\n[p](p.md#q), c, h, [w](https://w.org)\n"
+    with pytest.raises(ValueError, match="must have the section 'c'"):
+        extension("readme").section(text, "c")
+
+
 def test_docstrings_become_restructured_text():
     docstring = [
         "Returns `x` * |y| of `Spec`s.",
