@@ -134,7 +134,7 @@ class Allocation:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        rich.console.Console(file=text, width=160).print(self.to_table())
+        rich.console.Console(file=text, width=160, force_jupyter=False).print(self.to_table())
         return text.getvalue()
 
     def __rich__(self) -> rich.table.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
@@ -318,6 +320,14 @@ def test_progress_bar(capsys):
 
 
 # The report.
+
+
+def test_report_is_text_in_a_notebook(monkeypatch):
+    """rich would print the table by itself there, and leave an empty string."""
+    shell = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    assert rich.console.Console().is_jupyter
+    assert "kernel" in str(pbjax.report(pbjax.quantize(PARAMS, 8)))
 
 
 def test_report_as_data_and_as_table():

@@ -1,0 +1,185 @@
+"""Tables of the performance page, from the rows of data that the benchmarks wrote, into docs/_generated.
+
+Nothing on that page is typed by hand, so it says what the files say. A file or column that is missing is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+FOLDER = Path(__file__).parent.parent / "_generated"
+RESULTS = Path(__file__).parent.parent.parent / "examples" / "benchmarks" / "results"
+
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """The rows of a file of results."""
+    with (RESULTS / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number(value: str | float) -> str:
+    """Two digits that count, as many as such a measurement has."""
+    value = float(value)
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rule = ["---", *["--:"] * (len(head) - 1)]  # numbers to the right
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def activations(width: str) -> str:
+    """How activations of a width are called."""
+    return f"{width} bits" if width else "float"
+
+
+def distinct(rows: Iterable[Row], *columns: str) -> list[tuple[str, ...]]:
+    """The values of some columns, each once, in the order in which they come."""
+    return list(dict.fromkeys(tuple(row[column] for column in columns) for row in rows))
+
+
+def only(rows: Iterable[Row], **values: str) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[column] == value for column, value in values.items())]
+
+
+def by_weight(rows: list[Row], make: Callable[[list[Row]], str]) -> str:
+    """One table for each size of the weight, so that they are no wider than a phone."""
+    return "\n".join(f"Weights of {k} x {n}:\n\n{make(only(rows, k=k, n=n))}" for k, n in distinct(rows, "k", "n"))
+
+
+def speedups(rows: list[Row], product: str, sweep: str) -> str:
+    """Speed over float32 by rows and activations, for each number of bitlayers and for a sweep."""
+    ours = only(rows, method=product)
+    counts = sorted({int(row["bitlayers"]) for row in ours})
+    lines = []
+    for m, width in distinct(ours, "m", "activation_bits"):
+        here = only(rows, m=m, activation_bits=width)
+        by_count = {int(row["bitlayers"]): row for row in only(here, method=product)}
+        found = [by_count.get(count) for count in counts] + (only(here, method=sweep) or [None])
+        lines.append([m, activations(width), *(number(row["speedup_over_f32"]) if row else "" for row in found)])
+    return table(["rows", "activations", *map(str, counts), "sweep"], lines)
+
+
+def machine(rows: list[Row], *columns: str) -> str:
+    """Where and when rows were measured, in a sentence."""
+    said = ", ".join(f"{column} {' / '.join(value for (value,) in distinct(rows, column))}" for column in columns)
+    repeats = sorted({int(row["repeats"]) for row in rows})
+    turns = str(repeats[0]) if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
+    return f"Medians of {turns} turns; {said}.\n"
+
+
+def cpu_speedups() -> str:
+    """Backend `cpu` over XLA's float32 product."""
+    return by_weight(read("cpu.csv"), lambda rows: speedups(rows, "pbjax", "pbjax sweep"))
+
+
+def cpu_machine() -> str:
+    """Where cpu.csv was measured."""
+    return machine(read("cpu.csv"), "date", "cpu", "threads", "cache")
+
+
+OURS = [(count, width) for width in ("8", "16") for count in ("4", "8")]  # beside other libraries
+
+
+def cpu_others() -> str:
+    """Other libraries in the same turns, and pbjax beside them."""
+    rows = [row for row in read("cpu.csv") if row["method"] not in ("read", "pbjax sweep")]
+    return by_weight(rows, _others)
+
+
+def _others(rows: list[Row]) -> str:
+    counts = [m for (m,) in distinct(rows, "m")]
+
+    def line(label: str, column: str = "speedup_over_f32", scale: float = 1, **values: str) -> list[str]:
+        found = [only(rows, m=m, **values) for m in counts]
+        return [label, *(number(float(cell[0][column]) * scale) if cell else "" for cell in found)]
+
+    lines = [line("XLA f32, in ms", "median_us", 1e-3, method="XLA f32")]
+    for count, width in OURS:
+        label = f"pbjax, {count} bitlayers, activations of {width} bits"
+        lines.append(line(label, method="pbjax", bitlayers=count, activation_bits=width))
+    others = [method for (method,) in distinct(rows, "method") if method not in ("pbjax", "XLA f32")]
+    lines += [line(method, method=method) for method in others]
+    return table(["method", *(f"{m} {'row' if m == '1' else 'rows'}" for m in counts)], lines)
+
+
+def cpu_fastest() -> str:
+    """How pbjax compares with the fastest of the other methods."""
+    rows = [row for row in read("cpu.csv") if row["method"] not in ("read", "pbjax sweep")]
+    return by_weight(rows, _fastest)
+
+
+def _fastest(rows: list[Row]) -> str:
+    lines = []
+    for (m,) in distinct(rows, "m"):
+        here = only(rows, m=m)
+        others = [row for row in here if row["method"] != "pbjax"]
+        best = max(others, key=lambda row: float(row["speedup_over_f32"]))
+        ours = [only(here, method="pbjax", bitlayers=count, activation_bits=width)[0] for count, width in OURS]
+        ratios = [float(row["speedup_over_f32"]) / float(best["speedup_over_f32"]) for row in ours]
+        lines.append([m, best["method"], *map(number, ratios)])
+    return table(["rows", "fastest other", *(f"{count} / {width}" for count, width in OURS)], lines)
+
+
+def xla_speedups() -> str:
+    """Backend `xla` over XLA's float32 product."""
+    return by_weight(only(read("matmul_cpu.csv"), k="4096"), lambda rows: speedups(rows, "bitlayers", "sweep"))
+
+
+def xla_machine() -> str:
+    """Where matmul_cpu.csv was measured."""
+    return machine(only(read("matmul_cpu.csv"), k="4096"), "date", "cpu", "jax")
+
+
+def layer_speedups() -> str:
+    """Flax layers on bitlayers over the same layers on float32 weights."""
+    rows = read("layers_cpu.csv")
+    packed = [row for row in rows if row["bitlayers"]]
+    counts = sorted({int(row["bitlayers"]) for row in packed})
+    lines = []
+    for (layer,) in distinct(rows, "layer"):
+        time = next(row["median_us"] for row in only(rows, layer=layer) if not row["bitlayers"])
+        for (width,) in distinct(only(packed, layer=layer), "activation_bits"):
+            here = {int(row["bitlayers"]): row for row in only(packed, layer=layer, activation_bits=width)}
+            cells = [number(here[count]["speedup_over_float"]) for count in counts]
+            lines.append([layer, f"{float(time) / 1000:.2f}", activations(width), *cells])
+    return table(["layer", "float, ms", "activations", *map(str, counts)], lines)
+
+
+def layer_machine() -> str:
+    """Where layers_cpu.csv was measured."""
+    return machine(read("layers_cpu.csv"), "date", "cpu", "jax")
+
+
+TABLES: tuple[Callable[[], str], ...] = (
+    cpu_speedups,
+    cpu_machine,
+    cpu_others,
+    cpu_fastest,
+    xla_speedups,
+    xla_machine,
+    layer_speedups,
+    layer_machine,
+)
+
+
+def write(app: Sphinx, config: Any) -> None:
+    """Each table as a file to include."""
+    del app, config
+    FOLDER.mkdir(exist_ok=True)
+    for make in TABLES:
+        (FOLDER / f"{make.__name__}.md").write_text(make())
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("config-inited", write)
+    return {"parallel_read_safe": True}
