@@ -20,7 +20,7 @@ HEAD = """\
 
 
 def text() -> str:
-    lines = [line for module in (pbjax, pbjax.linen, pbjax.nnx, pbjax.plot) for line in sorted(_module(module))]
+    lines = [line for module in (pbjax, pbjax.files, pbjax.linen, pbjax.nnx, pbjax.plot) for line in sorted(_module(module))]
     return HEAD + "".join(f"{line}\n" for line in lines)
 
 
