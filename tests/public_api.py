@@ -20,7 +20,8 @@ HEAD = """\
 
 
 def text() -> str:
-    lines = [line for module in (pbjax, pbjax.files, pbjax.linen, pbjax.nnx, pbjax.plot) for line in sorted(_module(module))]
+    modules = (pbjax, pbjax.files, pbjax.linen, pbjax.nnx, pbjax.plot)
+    lines = [line for module in modules for line in sorted(_module(module))]
     return HEAD + "".join(f"{line}\n" for line in lines)
 
 
