@@ -87,7 +87,7 @@ def cells() -> Figure:
                     fontsize=8 if b == 4 else 10,
                     color=PAPER if inside else INK,
                 )
-    axis.axvline(value, color=ACCENT, linewidth=1.5)
+    axis.plot([value, value], [-rows - 0.5, -0.62], color=ACCENT, linewidth=1.5)  # not through its label
     axis.text(value, -0.45, f"w / s = {value}", ha="center", color=ACCENT)
     axis.set(xlim=(-1.02, 1.02), ylim=(-rows - 0.5, -0.15), xticks=[-1, -0.5, 0, 0.5, 1], yticks=range(-rows, 0))
     axis.set_yticklabels([f"{b}" for b in range(rows, 0, -1)])
