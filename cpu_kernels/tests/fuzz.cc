@@ -301,11 +301,8 @@ int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 20000;
   const uint64_t seed = argc > 2 ? std::atoll(argv[2]) : 0;
   std::mt19937_64 random(seed);
-  std::vector<const pbjax::Kernels*> tables;
-  for (const pbjax::Kernels* table : {pbjax::Avx512Kernels(), pbjax::Avx2Kernels(), pbjax::NeonKernels(),
-                                      pbjax::PortableKernels()}) {
-    if (table != nullptr) tables.push_back(table);
-  }
+  std::vector<const pbjax::Kernels*> tables(pbjax::kMaxTables);
+  tables.resize(pbjax::FindTables(tables.data()));
   int64_t wrong = 0, products = 0;
   for (int64_t i = 0; i < cases && wrong < 20; ++i) {
     const pbjax::Case given = pbjax::MakeCase(random);
