@@ -111,7 +111,8 @@ void DotPanel(const uint8_t* codes, int64_t words, int64_t width, Vector mask, c
 // All rows in panels of kRows, what is left in smaller ones.
 template <int kLimbs, int kRows, int kVectors>
 void DotRows(const uint8_t* codes, int64_t words, int64_t width, Vector mask, LimbRows rows, int32_t* sums) {
-  for (; rows.rows >= kRows; rows.rows -= kRows) {
+  const bool smaller = SmallerPanels(rows.rows, kRows);
+  for (; rows.rows >= kRows && !smaller; rows.rows -= kRows) {
     DotPanel<kLimbs, kRows, kVectors>(codes, words, width, mask, rows, sums);
     rows.data += kRows * rows.row_stride;
     sums += kRows * kLimbs * width;

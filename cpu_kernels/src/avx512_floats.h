@@ -44,7 +44,8 @@ void FloatPanel(const float* values, int64_t num_k, int64_t width, const float* 
 template <int kVectors, int kRows>
 void FloatRows(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride, int64_t rows,
                float* sums) {
-  for (; rows >= kRows; rows -= kRows) {
+  const bool smaller = SmallerPanels(rows, kRows);
+  for (; rows >= kRows && !smaller; rows -= kRows) {
     FloatPanel<kRows, kVectors>(values, num_k, width, x, row_stride, sums);
     x += kRows * row_stride;
     sums += kRows * width;

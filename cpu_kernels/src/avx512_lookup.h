@@ -23,22 +23,25 @@ void MakeFloatTables(const float* x, int64_t words, float* tables) {
   }
 }
 
-template <int kWords, bool kSeparate>
+// One bitlayer after the other, each in runs of all channels: with many bitlayers in turn, their lines, which are powers of
+// two apart, would compete for a cache set.
+template <int kWords>
 void FloatLookupWords(const WordBlock& block, int64_t first_word, const float* tables, float* sums,
-                      int64_t sums_stride) {
+                      int64_t layer_stride) {
   __m512 table[kWords][8];
   Unroll<8 * kWords>([&](auto i) PBJAX_INLINE {
     table[i / 8][i % 8] = _mm512_loadu_ps(tables + 16 * (8 * first_word + i));
   });
-  const uint32_t* data = block.data + first_word * block.word_stride;
-  const int64_t ahead = first_word + 2 * kWords <= block.words ? kWords * block.word_stride : 0;
-  for (int64_t c = 0; c < block.channels; c += 16) {
-    const __mmask16 mask = ChannelMask(block.channels - c);
-    __m512 total = _mm512_setzero_ps();
-    for (int layer = block.layers - 1; layer >= 0; --layer) {
-      __m512 sum = kSeparate ? _mm512_loadu_ps(sums + layer * sums_stride + c) : _mm512_mul_ps(total, _mm512_set1_ps(0.5f));
+  const int64_t word_stride = block.word_stride, channels = block.channels;
+  const int64_t ahead = first_word + 2 * kWords <= block.words ? kWords * word_stride : 0;
+  for (int layer = 0; layer < block.layers; ++layer) {
+    const uint32_t* data = block.data + layer * block.layer_stride + first_word * word_stride;
+    float* out = sums + layer * layer_stride;
+    for (int64_t c = 0; c < channels; c += 16) {
+      const __mmask16 mask = ChannelMask(channels - c);
+      __m512 sum = _mm512_loadu_ps(out + c);
       Unroll<kWords>([&](auto w) PBJAX_INLINE {
-        const uint32_t* words = data + layer * block.layer_stride + w * block.word_stride + c;
+        const uint32_t* words = data + w * word_stride + c;
         _mm_prefetch(reinterpret_cast<const char*>(words + ahead), _MM_HINT_T1);
         const Vector bits = _mm512_maskz_loadu_epi32(mask, words);
         __m512 looked_up[8];
@@ -48,29 +51,15 @@ void FloatLookupWords(const WordBlock& block, int64_t first_word, const float* t
         const auto pair = [&](int i) PBJAX_INLINE { return _mm512_add_ps(looked_up[i], looked_up[i + 1]); };
         sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_add_ps(pair(0), pair(2)), _mm512_add_ps(pair(4), pair(6))));
       });
-      if constexpr (kSeparate) {
-        _mm512_storeu_ps(sums + layer * sums_stride + c, sum);
-      } else {
-        total = sum;
-      }
-    }
-    if constexpr (!kSeparate) {
-      _mm512_storeu_ps(sums + c, _mm512_fmadd_ps(total, _mm512_set1_ps(0.5f), _mm512_loadu_ps(sums + c)));
+      _mm512_storeu_ps(out + c, sum);
     }
   }
 }
 
-template <bool kSeparate>
-void FloatLookupBlock(const WordBlock& block, const float* tables, float* sums, int64_t sums_stride) {
+void FloatLookup(const WordBlock& block, const float* tables, float* sums, int64_t layer_stride) {
   int64_t word = 0;
-  for (; word + 2 <= block.words; word += 2) {
-    FloatLookupWords<2, kSeparate>(block, word, tables, sums, sums_stride);
-  }
-  if (word < block.words) FloatLookupWords<1, kSeparate>(block, word, tables, sums, sums_stride);
-}
-
-void FloatLookup(const WordBlock& block, const float* tables, bool separate, float* sums, int64_t sums_stride) {
-  (separate ? FloatLookupBlock<true> : FloatLookupBlock<false>)(block, tables, sums, sums_stride);
+  for (; word + 2 <= block.words; word += 2) FloatLookupWords<2>(block, word, tables, sums, layer_stride);
+  if (word < block.words) FloatLookupWords<1>(block, word, tables, sums, layer_stride);
 }
 
 void AddFloatLayers(int layers, int64_t width, float* sums, int64_t layer_stride) {
@@ -113,30 +102,29 @@ void MakeTables(const uint8_t* limb, int64_t words, bool is_signed, uint8_t* tab
   }
 }
 
-template <int kLimbs, int kWords, bool kSeparate>
+template <int kLimbs, int kWords>
 void LookupWords(const WordBlock& block, int64_t first_word, const uint8_t* tables, int32_t* sums, int64_t layer_stride,
                  int64_t limb_stride) {
   Vector table[kWords][kLimbs][4];
   Unroll<4 * kLimbs * kWords>([&](auto i) PBJAX_INLINE {
     table[i / (4 * kLimbs)][i / 4 % kLimbs][i % 4] = _mm512_loadu_si512(tables + first_word * kLimbs * kTableBytes + 64 * i);
   });
-  const uint32_t* data = block.data + first_word * block.word_stride;
-  const int64_t ahead = first_word + 2 * kWords <= block.words ? kWords * block.word_stride : 0;
   const Vector nibble = _mm512_set1_epi8(15), byte = _mm512_set1_epi32(0x30201000);
   const Vector fours = _mm512_set1_epi8(4), ones = _mm512_set1_epi8(1);
-  for (int64_t c = 0; c < block.channels; c += 16) {
-    const __mmask16 mask = ChannelMask(block.channels - c);
-    Vector total[kLimbs];
-    Unroll<kLimbs>([&](auto limb) PBJAX_INLINE { total[limb] = _mm512_setzero_si512(); });
-    for (int layer = 0; layer < block.layers; ++layer) {
-      Vector lower[kLimbs];
+  const int64_t word_stride = block.word_stride, channels = block.channels;
+  const int64_t ahead = first_word + 2 * kWords <= block.words ? kWords * word_stride : 0;
+  for (int layer = 0; layer < block.layers; ++layer) {
+    const uint32_t* data = block.data + layer * block.layer_stride + first_word * word_stride;
+    int32_t* out = sums + layer * layer_stride;
+    for (int64_t c = 0; c < channels; c += 16) {
+      const __mmask16 mask = ChannelMask(channels - c);
+      Vector total[kLimbs], lower[kLimbs];
       Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
+        total[limb] = _mm512_loadu_si512(out + limb * limb_stride + c);
         lower[limb] = _mm512_setzero_si512();
-        total[limb] = kSeparate ? _mm512_loadu_si512(sums + layer * layer_stride + limb * limb_stride + c)
-                                : _mm512_add_epi32(total[limb], total[limb]);
       });
       Unroll<kWords>([&](auto w) PBJAX_INLINE {
-        const uint32_t* words = data + layer * block.layer_stride + w * block.word_stride + c;
+        const uint32_t* words = data + w * word_stride + c;
         _mm_prefetch(reinterpret_cast<const char*>(words + ahead), _MM_HINT_T1);
         const Vector bits = _mm512_maskz_loadu_epi32(mask, words);
         Unroll<2>([&](auto half) PBJAX_INLINE {
@@ -150,47 +138,36 @@ void LookupWords(const WordBlock& block, int64_t first_word, const uint8_t* tabl
       });
       Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
         AddProducts(total[limb], lower[limb], ones);
-        if constexpr (kSeparate) _mm512_storeu_si512(sums + layer * layer_stride + limb * limb_stride + c, total[limb]);
-      });
-    }
-    if constexpr (!kSeparate) {
-      Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
-        int32_t* out = sums + limb * limb_stride + c;
-        _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_loadu_si512(out), total[limb]));
+        _mm512_storeu_si512(out + limb * limb_stride + c, total[limb]);
       });
     }
   }
 }
 
-template <int kLimbs, bool kSeparate>
+template <int kLimbs>
 void LookupBlock(const WordBlock& block, const uint8_t* tables, int32_t* sums, int64_t layer_stride,
                  int64_t limb_stride) {
   constexpr int kStep = 4 / kLimbs;  // 16 registers of tables
   int64_t word = 0;
   for (; word + kStep <= block.words; word += kStep) {
-    LookupWords<kLimbs, kStep, kSeparate>(block, word, tables, sums, layer_stride, limb_stride);
+    LookupWords<kLimbs, kStep>(block, word, tables, sums, layer_stride, limb_stride);
   }
-  for (; word < block.words; ++word) {
-    LookupWords<kLimbs, 1, kSeparate>(block, word, tables, sums, layer_stride, limb_stride);
-  }
+  for (; word < block.words; ++word) LookupWords<kLimbs, 1>(block, word, tables, sums, layer_stride, limb_stride);
 }
 
-void Lookup(const WordBlock& block, const uint8_t* tables, int limbs, bool separate, int32_t* sums, int64_t layer_stride,
+void Lookup(const WordBlock& block, const uint8_t* tables, int limbs, int32_t* sums, int64_t layer_stride,
             int64_t limb_stride) {
-  using Function = void (*)(const WordBlock&, const uint8_t*, int32_t*, int64_t, int64_t);
-  static constexpr Function kFunctions[3][2] = {{LookupBlock<1, false>, LookupBlock<1, true>},
-                                                {LookupBlock<2, false>, LookupBlock<2, true>},
-                                                {LookupBlock<3, false>, LookupBlock<3, true>}};
-  kFunctions[limbs - 1][separate](block, tables, sums, layer_stride, limb_stride);
+  if (limbs == 1) LookupBlock<1>(block, tables, sums, layer_stride, limb_stride);
+  if (limbs == 2) LookupBlock<2>(block, tables, sums, layer_stride, limb_stride);
+  if (limbs == 3) LookupBlock<3>(block, tables, sums, layer_stride, limb_stride);
 }
 
-void AddLayers(int layers, int limbs, bool separate, int64_t words, int64_t width, int32_t* sums, int64_t layer_stride) {
-  const uint32_t each = static_cast<uint32_t>(512 * 8 * words);  // of a signed limb and one bit
+void AddLayers(int layers, int limbs, int64_t words, int64_t width, int32_t* sums, int64_t layer_stride) {
   for (int limb = 0; limb < limbs; ++limb) {
-    const uint32_t bits = separate ? 1 : (1u << layers) - 1, left_out = limb == 0 ? each * bits : 0;
-    int32_t* __restrict out = sums + limb * width;
-    for (int64_t c = 0; c < width; ++c) out[c] = static_cast<int32_t>(static_cast<uint32_t>(out[c]) - left_out);
-    for (int layer = 1; separate && layer < layers; ++layer) {
+    const uint32_t left_out = limb == 0 ? static_cast<uint32_t>(512 * 8 * words) : 0;  // of a signed limb and one bit
+    int32_t* __restrict first = sums + limb * width;
+    for (int64_t c = 0; c < width; ++c) first[c] = static_cast<int32_t>(static_cast<uint32_t>(first[c]) - left_out);
+    for (int layer = 1; layer < layers; ++layer) {
       const int32_t* __restrict before = sums + (layer - 1) * layer_stride + limb * width;
       int32_t* __restrict here = sums + layer * layer_stride + limb * width;
       for (int64_t c = 0; c < width; ++c) {

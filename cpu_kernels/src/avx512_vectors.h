@@ -40,6 +40,9 @@ PBJAX_INLINE inline Vector BroadcastFour(const uint8_t* bytes) {
 // Lanes of 16 channels from the one that has this many left.
 inline __mmask16 ChannelMask(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
 
+// Whether two panels of fewer rows each are enough: better than a full one and one that leaves multipliers idle.
+inline bool SmallerPanels(int64_t rows, int64_t panel_rows) { return rows > panel_rows && rows <= 2 * (panel_rows - 1); }
+
 // Byte l of a 64-bit lane becomes bit 7 - l of its 8 bytes, bit k of it byte k.
 inline Vector Transpose(Vector bits) {
 #if defined(__GFNI__)

@@ -78,18 +78,17 @@ struct Kernels {
   void (*make_tables)(const uint8_t* limb, int64_t words, bool is_signed, uint8_t* tables, int64_t word_stride);
   void (*make_float_tables)(const float* x, int64_t words, float* tables);
 
-  // Adds, for one row, sum_k limb[k] * bit[k][channel] to sums[layer][limb][channel] if `separate`, and otherwise
-  // sum_k limb[k] * code[k][channel] to sums[limb][channel]. Of a signed limb too much, which add_layers takes back.
-  // tables[word][limb]; width is that of sums.
-  void (*lookup)(const WordBlock& block, const uint8_t* tables, int limbs, bool separate, int32_t* sums,
-                 int64_t layer_stride, int64_t width);
+  // sums[layer][limb][channel] += sum_k limb[k] * bit[layer][k][channel] of one row; of a signed limb too much, which
+  // add_layers takes back. tables[word][limb]; width is that of sums.
+  void (*lookup)(const WordBlock& block, const uint8_t* tables, int limbs, int32_t* sums, int64_t layer_stride,
+                 int64_t width);
 
-  // The same for a row of floats, with 2 * bit - 1 in place of a bit, and v_b of contract.py for the code.
-  void (*float_lookup)(const WordBlock& block, const float* tables, bool separate, float* sums, int64_t layer_stride);
+  // The same for a row of floats, with 2 * bit - 1 in place of a bit. Any number of bitlayers.
+  void (*float_lookup)(const WordBlock& block, const float* tables, float* sums, int64_t layer_stride);
 
-  // The sums of separate bitlayers to those after each of them, and what `lookup` added too much in this many words.
-  void (*add_layers)(int layers, int limbs, bool separate, int64_t words, int64_t width, int32_t* sums,
-                     int64_t layer_stride);
+  // The sums of single bitlayers, in this many words, to those with the codes of the first 1, 2, .. bitlayers; and to those
+  // with v_b of contract.py.
+  void (*add_layers)(int layers, int limbs, int64_t words, int64_t width, int32_t* sums, int64_t layer_stride);
   void (*add_float_layers)(int layers, int64_t width, float* sums, int64_t layer_stride);
 
   // What is fastest, the first that fits; else kBlocks.

@@ -23,7 +23,7 @@ constexpr int64_t kWideChannels = 1024;        // of one row: its sums fill the 
 constexpr int64_t kLookupWords = 4;            // that several rows look up in turn
 constexpr int64_t kSerialWork = 1 << 15;       // words times rows below which one thread is enough
 constexpr int64_t kNarrowChannels = 64;        // that one task takes, so that shares of k are worth it
-constexpr int64_t kShareWords = 1 << 18;       // of all bitlayers, in one share
+constexpr int64_t kShareWords = 1 << 17;       // of all bitlayers, in one share
 constexpr int64_t kMaxShares = 8;
 
 class Product {
@@ -237,52 +237,50 @@ class Product {
     }
   }
 
+  // Runs body(row of the panel, its bitlayers, its sums) for the rows of a look-up.
+  template <typename T, typename Body>
+  void ForRows(const RowBlock& block, int column, T* sums, int64_t row_size, const Body& body) const {
+    for (const MaskedRows& run : block.columns[column]) {
+      for (int64_t i = 0; i < run.rows; ++i) {
+        body(block.first_row + run.first_row + i, run.layers, sums + (run.first_sum + i) * row_size);
+      }
+    }
+  }
+
   void LookupSums(const Task& task, int column, int64_t start, int64_t stop, int32_t* sums) const {
     const RowBlock& block = task.block;
-    const int64_t row_size = limbs_ * task.width;
-    const int64_t layer_stride = problem_.prefixes ? block.rows * row_size : 0;
+    const int64_t row_size = limbs_ * task.width, layer_stride = block.rows * row_size;
     const int64_t block_words = block.rows == 1 ? stop - start : kLookupWords;
-    // A sweep looks up each row once, for the most bitlayers.
-    const std::vector<MaskedRows>& columns = block.columns[column];
-    const auto first_run = problem_.prefixes ? columns.end() - 1 : columns.begin();
-    const auto for_rows = [&](const auto& run_row) {
-      for (auto run = first_run; run != columns.end(); ++run) {
-        for (int64_t i = 0; i < run->rows; ++i) {
-          const int64_t sum = problem_.prefixes ? i : run->first_sum + i;
-          run_row(block.first_row + run->first_row + i, run->layers, sums + sum * row_size);
-        }
-      }
-    };
     for (int64_t word = start; word < stop; word += block_words) {
       const int64_t end = std::min(word + block_words, stop);
-      for_rows([&](int64_t row, int layers, int32_t* its) {
+      ForRows(block, column, sums, row_size, [&](int64_t row, int layers, int32_t* its) {
         const uint8_t* tables = task.panel.tables + (row * problem_.num_words() + word) * limbs_ * kTableBytes;
-        kernels_.lookup(Words(task, column, layers, word, end), tables, limbs_, problem_.prefixes, its, layer_stride,
-                        task.width);
+        kernels_.lookup(Words(task, column, layers, word, end), tables, limbs_, its, layer_stride, task.width);
       });
     }
-    for_rows([&](int64_t, int layers, int32_t* its) {
-      kernels_.add_layers(layers, limbs_, problem_.prefixes, stop - start, task.width, its, layer_stride);
+    ForRows(block, column, sums, row_size, [&](int64_t, int layers, int32_t* its) {
+      kernels_.add_layers(layers, limbs_, stop - start, task.width, its, layer_stride);
     });
   }
 
   void FloatTask(const Task& task, Scratch& scratch) const {
     const RowBlock& block = task.block;
-    const int64_t width = task.width, outputs = static_cast<int64_t>(block.outputs.size()), size = outputs * width;
-    scratch.Start(Scratch::Bytes<float>(size * task.shares) + Scratch::Bytes<float>(size));
+    const int64_t width = task.width, outputs = static_cast<int64_t>(block.outputs.size());
+    const int64_t size = block.sums[0] * width;
+    scratch.Start(Scratch::Bytes<float>(size * task.shares) + Scratch::Bytes<float>(outputs * width));
     float* group_sums = scratch.Take<float>(size * task.shares);
-    float* totals = scratch.Take<float>(size);
-    std::fill(totals, totals + size, 0.0f);
+    float* totals = scratch.Take<float>(outputs * width);
+    std::fill(totals, totals + outputs * width, 0.0f);
 
     for (const Segment& segment : segments_) {
       if (segment.first) std::fill(group_sums, group_sums + size, 0.0f);
       InShares(segment, task.shares, group_sums, size,
                [&](int64_t start, int64_t stop, float* its) { AddFloatSums(task, start, stop, its); });
       if (!segment.last) continue;
-      if (block.method == Method::kLookup && problem_.prefixes) {
-        for (int64_t row = 0; row < block.rows; ++row) {
-          kernels_.add_float_layers(block.most(), width, group_sums + row * width, block.rows * width);
-        }
+      if (block.method == Method::kLookup) {
+        ForRows(block, 0, group_sums, width, [&](int64_t, int layers, float* its) {
+          kernels_.add_float_layers(layers, width, its, block.rows * width);
+        });
       }
       for (int64_t i = 0; i < outputs; ++i) {
         const Output& output = block.outputs[i];
@@ -325,19 +323,13 @@ class Product {
 
   void LookupFloatSums(const Task& task, int64_t start, int64_t stop, float* sums) const {
     const RowBlock& block = task.block;
-    const int64_t layer_stride = problem_.prefixes ? block.rows * task.width : 0;
     const int64_t block_words = block.rows == 1 ? stop - start : kLookupWords;
-    const std::vector<MaskedRows>& columns = block.columns[0];
     for (int64_t word = start; word < stop; word += block_words) {
       const int64_t end = std::min(word + block_words, stop);
-      for (auto run = problem_.prefixes ? columns.end() - 1 : columns.begin(); run != columns.end(); ++run) {
-        for (int64_t i = 0; i < run->rows; ++i) {
-          const int64_t row = block.first_row + run->first_row + i, sum = problem_.prefixes ? i : run->first_sum + i;
-          kernels_.float_lookup(Words(task, 0, run->layers, word, end),
-                                task.panel.float_tables + (row * problem_.num_words() + word) * kTableFloats,
-                                problem_.prefixes, sums + sum * task.width, layer_stride);
-        }
-      }
+      ForRows(block, 0, sums, task.width, [&](int64_t row, int layers, float* its) {
+        const float* tables = task.panel.float_tables + (row * problem_.num_words() + word) * kTableFloats;
+        kernels_.float_lookup(Words(task, 0, layers, word, end), tables, its, block.rows * task.width);
+      });
     }
   }
 

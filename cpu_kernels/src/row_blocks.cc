@@ -68,6 +68,22 @@ RowBlock MakeCounted(const Problem& problem, float* y, int64_t rows, const int64
   return block;
 }
 
+// A look-up has sums for every row at each bitlayer, and looks up each row once.
+void ArrangeForLookup(const Problem& problem, RowBlock& block) {
+  const int64_t rows = block.rows;
+  const int first = problem.limbs() == 0 ? block.most() : block.layers[0];
+  for (std::vector<MaskedRows>& runs : block.columns) {
+    if (problem.prefixes && !runs.empty()) runs.erase(runs.begin(), runs.end() - 1);
+    for (MaskedRows& run : runs) run.first_sum = run.first_row;
+  }
+  for (Output& output : block.outputs) {
+    output.sums[0] = (std::min(output.count, first) - 1) * rows + output.row;
+    output.sums[1] = (output.count - kLimbBits - 1) * rows + output.row;
+  }
+  block.sums[0] = first * rows;
+  block.sums[1] = (block.most() - first) * rows;
+}
+
 }  // namespace
 
 std::vector<RowBlock> MakeRowBlocks(const Problem& problem, const Kernels& kernels, float* y, int64_t rows,
@@ -83,6 +99,7 @@ std::vector<RowBlock> MakeRowBlocks(const Problem& problem, const Kernels& kerne
     block.first_row = first;
     block.rows = size;
     block.method = Choose(kernels, problem.limbs(), problem.prefixes, size, block.most());
+    if (block.method == Method::kLookup) ArrangeForLookup(problem, block);
   }
   return blocks;
 }

@@ -34,7 +34,7 @@ struct RowBlock {
   std::vector<MaskedRows> columns[2];  // bitlayers 0..7 and 8..15; with float activations [0] holds all
   std::vector<Output> outputs;
   int layers[2];
-  int64_t sums[2];  // rows of sums in each column
+  int64_t sums[2];  // rows of sums in each column: of masks, or, for a look-up, of rows at each bitlayer
   Method method;
 
   int most() const { return layers[0] + layers[1]; }
