@@ -90,7 +90,9 @@ def test_calls_from_eight_threads_give_the_same_bits():
 
 
 @pytest.mark.parametrize("instructions", cpu.instructions())
-@pytest.mark.parametrize("case", [Case(bits=8, bitlayers=7, m=1, k=33000, n=50), Case(bits=8, bitlayers=5, m=1, k=1100, n=1100)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(bits=8, bitlayers=7, m=1, k=33000, n=50), Case(bits=8, bitlayers=5, m=1, k=1100, n=1100)], ids=str
+)
 def test_float_sums_do_not_depend_on_threads(case, instructions):
     """The same bits in every call, whichever thread came in time."""
     given = operands(case)

@@ -7,8 +7,8 @@ same values, and each row says how much faster it was than the float32 product o
     .venv/bin/python examples/benchmarks/cpu.py --output cpu.csv --plot cpu.png
 
 Each time is that of a call after a pause, in which the threads of other libraries go to sleep, and after calls of the
-same method for 3 ms: a processor takes about a millisecond to wake up, and weights that fit the caches are in them. With
---cold the call before is a read of 256 MiB instead.
+same method for 3 ms: a processor takes about a millisecond to wake up, and weights that fit the caches are in them.
+With --cold the call before is a read of 256 MiB instead.
 """
 
 from __future__ import annotations
