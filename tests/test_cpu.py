@@ -36,6 +36,7 @@ CASES = (
     Case(bits=16, bitlayers="mixed", m=9, k=1100, n=650, activation_bits=24),
     Case(bits=4, bitlayers=3, m=150, k=300, n=200, group_size=128),
     Case(bits=9, bitlayers="mixed", m=300, k=100, n=40, activation_bits=7),
+    Case(bits=8, bitlayers=7, m=2, k=33000, n=50),  # few channels: words of k are shared out over threads
 )
 
 
@@ -86,6 +87,22 @@ def test_calls_from_eight_threads_give_the_same_bits():
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize("instructions", cpu.instructions())
+@pytest.mark.parametrize(
+    "case", [Case(bits=8, bitlayers=7, m=1, k=33000, n=50), Case(bits=8, bitlayers=5, m=1, k=1100, n=1100)], ids=str
+)
+def test_float_sums_do_not_depend_on_threads(case, instructions):
+    """The same bits in every call, whichever thread came in time."""
+    given = operands(case)
+    problem = dataclasses.replace(case.problem, activation_bits=None)
+    run = jax.jit(functools.partial(cpu.matmul, problem, instructions=instructions))
+    x = given.q.astype(jnp.float32)
+    first = np.asarray(run(x, given.words, given.scale, given.counts))
+    assert np.isfinite(first).all()
+    for _ in range(20):
+        np.testing.assert_array_equal(run(x, given.words, given.scale, given.counts), first)
 
 
 def test_unknown_instructions_are_an_error():

@@ -163,4 +163,18 @@ void FinishRow(const float* __restrict total, float unit, float poison, int64_t 
   for (int64_t c = 0; c < channels; ++c) y[c] = total[c] * unit + poison;
 }
 
+// A table that has these, and no others yet.
+inline Kernels CommonKernels(const char* name) {
+  Kernels kernels = {};
+  kernels.name = name;
+  kernels.quantize = Quantize;
+  kernels.split = Split;
+  kernels.sum = Sum;
+  kernels.combine = Combine;
+  kernels.scale_only = ScaleOnly;
+  kernels.scale_add = ScaleAdd;
+  kernels.finish_row = FinishRow;
+  return kernels;
+}
+
 }  // namespace

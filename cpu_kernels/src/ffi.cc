@@ -97,10 +97,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PbjaxBitMatmul, pbjax::BitMatmul, Binding());
 extern "C" const char* PbjaxInstructions() {
   static const std::string names = [] {
     std::string result;
-    for (const pbjax::Kernels* kernels : {pbjax::Avx512Kernels(), pbjax::Avx2Kernels(), pbjax::NeonKernels(),
-                                          pbjax::PortableKernels()}) {
-      if (kernels != nullptr) result += (result.empty() ? "" : " ") + std::string(kernels->name);
-    }
+    const pbjax::Kernels* tables[pbjax::kMaxTables];
+    const int count = pbjax::FindTables(tables);
+    for (int i = 0; i < count; ++i) result += (i == 0 ? "" : " ") + std::string(tables[i]->name);
     return result;
   }();
   return names.c_str();

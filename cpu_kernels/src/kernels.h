@@ -29,6 +29,23 @@ struct LimbRows {
   int64_t rows;
 };
 
+// How a product is computed.
+enum class Method {
+  kBlocks,  // unpack, then dot; values, then float_dot
+  kStream,  // stream: one row at one number of bitlayers
+  kCodes,   // unpack, then float_codes: float rows at up to 8 bitlayers
+  kLookup,  // lookup, or float_lookup
+};
+
+// What to do with rows that come together: `method`, if the kernels have it and no number is above its limit.
+struct Choice {
+  int limbs;  // of the activations, 0 for float rows
+  bool sweep;
+  int64_t max_rows;
+  int max_layers;
+  Method method;
+};
+
 struct Kernels {
   const char* name;
 
@@ -39,17 +56,6 @@ struct Kernels {
   // sums[row][limb][channel] += sum_k limb[row][k] * (codes[k][channel] & mask), over all words of a block of codes.
   void (*dot)(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const LimbRows& rows, int32_t* sums);
 
-  // The same for every mask of 1..layers bits at once: sums[layers used - 1][row][limb][channel]. Null where as many
-  // calls of dot are as fast.
-  void (*dot_prefixes)(const uint8_t* codes, int64_t words, int64_t width, int layers, const LimbRows& rows,
-                       int32_t* sums);
-
-  // sums[limb][channel] = sum_k limb[k] * code[k][channel] of one row, where a code has block.layers bits. Reads each
-  // word once, in runs of all channels. `limb_sums[limb]` is sum_k limb[k]; `scratch` has stream_scratch(...) bytes.
-  // Null where unpack and dot are as fast.
-  void (*stream)(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch,
-                 int32_t* sums, int64_t sums_stride);
-
   // values[channel / 16][32 * word + k][channel % 16] = v_b of contract.py's codes; `low` holds bitlayers 8.. or is null.
   void (*values)(const uint8_t* high, const uint8_t* low, int64_t words, int64_t width, int count, float* values);
 
@@ -57,10 +63,37 @@ struct Kernels {
   void (*float_dot)(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
                     int64_t rows, float* sums);
 
-  // The same for up to kFewRows rows from codes themselves, of at most 8 bitlayers, without values in memory. Null where
-  // values and float_dot are as fast.
+  // Null where a table does without. sums[limb][channel] = sum_k limb[k] * code[k][channel] of one row, where a code has
+  // block.layers bits. Reads each word once, in runs of all channels. `limb_sums[limb]` is sum_k limb[k]; `scratch` has
+  // StreamScratch(...) numbers.
+  void (*stream)(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch,
+                 int32_t* sums, int64_t sums_stride);
+
+  // Null where a table does without. As values and float_dot, for up to kFewRows rows, from codes themselves.
   void (*float_codes)(const uint8_t* codes, int64_t words, int64_t width, int count, const float* x,
                       int64_t row_stride, int64_t rows, float* sums);
+
+  // Null where a table does without. The sums of 4 adjacent limbs, or floats, under each pattern of 4 bits, in a form that
+  // look-ups know: kTableBytes for each word of k and limb, or for each word of k.
+  void (*make_tables)(const uint8_t* limb, int64_t words, bool is_signed, uint8_t* tables, int64_t word_stride);
+  void (*make_float_tables)(const float* x, int64_t words, float* tables);
+
+  // sums[layer][limb][channel] += sum_k limb[k] * bit[layer][k][channel] of one row; of a signed limb too much, which
+  // add_layers takes back. tables[word][limb]; width is that of sums.
+  void (*lookup)(const WordBlock& block, const uint8_t* tables, int limbs, int32_t* sums, int64_t layer_stride,
+                 int64_t width);
+
+  // The same for a row of floats, with 2 * bit - 1 in place of a bit. Any number of bitlayers.
+  void (*float_lookup)(const WordBlock& block, const float* tables, float* sums, int64_t layer_stride);
+
+  // The sums of single bitlayers, in this many words, to those with the codes of the first 1, 2, .. bitlayers; and to those
+  // with v_b of contract.py.
+  void (*add_layers)(int layers, int limbs, int64_t words, int64_t width, int32_t* sums, int64_t layer_stride);
+  void (*add_float_layers)(int layers, int64_t width, float* sums, int64_t layer_stride);
+
+  // What is fastest, the first that fits; else kBlocks.
+  const Choice* choices;
+  int num_choices;
 
   // One row to codes of `activation_bits`, split into limbs: as activations.quantize_rows. limbs[limb][padded_k],
   // zeros past k. Returns false, and zero codes, where the row is not finite.
@@ -96,13 +129,21 @@ struct Columns {
 // int32 of scratch that `stream` needs for this many channels.
 constexpr int64_t StreamScratch(int64_t channels, int limbs) { return (channels + 15) / 16 * 64 * limbs; }
 
-constexpr int64_t kFewRows = 2;
+constexpr int64_t kFewRows = 2;          // of float_codes
+constexpr int64_t kTableBytes = 256;     // of one word of k and one limb
+constexpr int64_t kTableFloats = 8 * 16;  // of one word of k
 
 // The tables that this program holds, best first, and whether this machine can run them.
 const Kernels* PortableKernels();
 const Kernels* Avx2Kernels();    // null where not compiled in or not supported by the machine
-const Kernels* Avx512Kernels();  // the same
+const Kernels* Avx512Kernels();  // the same; with VNNI, GFNI and VBMI
+const Kernels* Avx512VnniKernels();  // with VNNI
+const Kernels* Avx512BaseKernels();  // with BW, DQ and VL only
 const Kernels* NeonKernels();    // the same
+
+// All that run on this machine, best first; up to kMaxTables.
+constexpr int kMaxTables = 8;
+int FindTables(const Kernels** tables);
 
 // By name, "" for the best. Null if there is none of that name here.
 const Kernels* FindKernels(const char* name, size_t length);

@@ -189,9 +189,14 @@ void FloatDot(const float* values, int64_t num_k, int64_t width, const float* x,
 }  // namespace
 
 const Kernels* Avx2Kernels() {
-  static const Kernels kernels = {"avx2",  Unpack,   Dot,   nullptr, nullptr, Values,    FloatDot,
-                                  nullptr, Quantize, Split, Sum,     Combine, ScaleOnly, ScaleAdd,
-                                  FinishRow};
+  static const Kernels kernels = [] {
+    Kernels table = CommonKernels("avx2");
+    table.unpack = Unpack;
+    table.dot = Dot;
+    table.values = Values;
+    table.float_dot = FloatDot;
+    return table;
+  }();
   static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return supported ? &kernels : nullptr;
 }

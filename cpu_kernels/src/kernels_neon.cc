@@ -62,8 +62,14 @@ bool HasDotProducts() {
 }  // namespace
 
 const Kernels* NeonKernels() {
-  static const Kernels kernels = {"neon",   GenericUnpack, Dot, nullptr, nullptr,   GenericValues, GenericFloatDot, nullptr,
-                                  Quantize, Split,         Sum, Combine, ScaleOnly, ScaleAdd,      FinishRow};
+  static const Kernels kernels = [] {
+    Kernels table = CommonKernels("neon");
+    table.unpack = GenericUnpack;
+    table.dot = Dot;
+    table.values = GenericValues;
+    table.float_dot = GenericFloatDot;
+    return table;
+  }();
   static const bool supported = HasDotProducts();
   return supported ? &kernels : nullptr;
 }

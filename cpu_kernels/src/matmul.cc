@@ -1,122 +1,30 @@
 // A product is cut into panels of rows, whose activations are prepared once, and a panel into tasks of some rows and some
 // channels. A task goes through k once: segment by segment (runs of one group that int32 sums exactly), and inside a
-// segment block by block, small enough for the cache. Rows are sorted by their number of bitlayers, so that those with
-// the same mask of code bits are neighbours; a sweep is the same rows under every mask.
+// segment block by block, small enough for the cache. Where there are too few channels for tasks, the words of a segment
+// are shared out instead, and what each share sums is added in a fixed order.
 #include "matmul.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <new>
 #include <numeric>
 #include <vector>
+
+#include "activations.h"
+#include "row_blocks.h"
+#include "scratch.h"
 
 namespace pbjax {
 namespace {
 
-constexpr int64_t kMaxBlockRows = 128;         // of one task
 constexpr int64_t kMaxPanelBytes = 32 << 20;   // of prepared activations
 constexpr int64_t kCodeBytes = 64 << 10;       // of one block of codes: second-level cache
 constexpr int64_t kValueBytes = 32 << 10;      // of one block of float weights: first-level cache
-constexpr int64_t kStreamChannels = 1024;      // their sums fill the first-level cache
-constexpr int64_t kPrepareWork = 1 << 14;      // activations that one task prepares
+constexpr int64_t kWideChannels = 1024;        // of one row: its sums fill the first-level cache
+constexpr int64_t kLookupWords = 4;            // that several rows look up in turn
 constexpr int64_t kSerialWork = 1 << 15;       // words times rows below which one thread is enough
-
-// Memory that a thread keeps from call to call.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-
-  void Start(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<char*>(std::aligned_alloc(kAlignment, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    used_ = 0;
-  }
-
-  template <typename T>
-  T* Take(int64_t count) {
-    T* result = reinterpret_cast<T*>(data_ + used_);
-    used_ += Bytes<T>(count);
-    return result;
-  }
-
-  template <typename T>
-  static size_t Bytes(int64_t count) {
-    return (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-  }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
-};
-
-struct Segment {
-  int64_t group, start, stop;  // words
-  bool first, last;            // of its group
-};
-
-std::vector<Segment> Segments(const Problem& problem) {
-  constexpr int64_t kStep = kMaxExactK / kWordBits;
-  std::vector<Segment> segments;
-  for (int64_t group = 0; group < problem.groups(); ++group) {
-    const int64_t begin = group * problem.words_per_group();
-    const int64_t end = std::min(begin + problem.words_per_group(), problem.num_words());
-    for (int64_t start = begin; start < end; start += kStep) {
-      segments.push_back({group, start, std::min(start + kStep, end), start == begin, start + kStep >= end});
-    }
-  }
-  return segments;
-}
-
-float BFloat16ToFloat(uint16_t bits) {
-  const uint32_t pattern = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &pattern, sizeof value);
-  return value;
-}
-
-float Float16ToFloat(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, magnitude = bits & 0x7FFFu;
-  if (magnitude < 0x0400u) {
-    const float value = static_cast<float>(magnitude) * 0x1p-24f;
-    return sign != 0 ? -value : value;
-  }
-  const uint32_t exponent = magnitude >= 0x7C00u ? 0x7F800000u - 0x0F800000u : 0x38000000u;
-  const uint32_t pattern = sign | ((magnitude << 13) + exponent);
-  float value;
-  std::memcpy(&value, &pattern, sizeof value);
-  return value;
-}
-
-// Rows of float32 as they are, or converted into `buffer`.
-const float* FloatRow(const Problem& problem, const void* x, int64_t row, float* buffer) {
-  const int64_t start = row * problem.k;
-  if (problem.row_type == RowType::kFloat32) return static_cast<const float*>(x) + start;
-  const uint16_t* narrow = static_cast<const uint16_t*>(x) + start;
-  const auto convert = problem.row_type == RowType::kBFloat16 ? BFloat16ToFloat : Float16ToFloat;
-  for (int64_t i = 0; i < problem.k; ++i) buffer[i] = convert(narrow[i]);
-  return buffer;
-}
-
-// The activations of a panel of rows, in the order in which tasks take them.
-struct Panel {
-  int64_t rows;
-  const int64_t* source;  // [rows]: row of x and y
-  const int32_t* counts;  // [rows], ascending; unused with prefixes
-  uint8_t* limbs;         // [rows][limbs][padded_k]
-  int32_t* limb_sums;     // [rows][segments][limbs]
-  float* values;          // [rows][padded_k], float activations
-  float* unit;            // [rows]
-  float* poison;          // [rows]: NaN where a row is not finite, else 0
-};
+constexpr int64_t kNarrowChannels = 64;        // that one task takes, so that shares of k are worth it
+constexpr int64_t kShareWords = 1 << 17;       // of all bitlayers, in one share
+constexpr int64_t kMaxShares = 8;
 
 class Product {
  public:
@@ -125,14 +33,13 @@ class Product {
         operands_(operands),
         kernels_(kernels),
         scheduler_(scheduler),
-        segments_(Segments(problem)),
+        segments_(MakeSegments(problem)),
         limbs_(problem.limbs()),
         padded_k_(problem.num_words() * kWordBits),
         limit_(problem.prefixes ? std::clamp<int64_t>(operands.counts[0], 0, problem.bits) : 0) {}
 
   void Run() {
-    const int64_t row_bytes = std::max<int64_t>(1, padded_k_ * (limbs_ == 0 ? 4 : limbs_));
-    const int64_t panel_rows = std::clamp<int64_t>(kMaxPanelBytes / row_bytes, 1, problem_.m);
+    const int64_t panel_rows = std::clamp<int64_t>(kMaxPanelBytes / RowBytes(problem_), 1, problem_.m);
     std::vector<int32_t> counts(problem_.m);
     std::vector<int64_t> order(problem_.m);
     std::iota(order.begin(), order.end(), 0);
@@ -151,173 +58,44 @@ class Product {
   }
 
  private:
-  // Rows that share a mask of code bits, and where their sums go.
-  struct MaskedRows {
-    int64_t first_row, rows;
-    int layers;
-    int64_t first_sum;
-  };
-
-  // One row of the result: a row of activations at a number of bitlayers.
-  struct Output {
-    int64_t row;
-    int count;
-    int64_t sums[2];  // in each column of code limbs
-    float* y;         // channel 0
-  };
-
-  struct RowBlock {
-    int64_t first_row, rows;
-    std::vector<MaskedRows> columns[2];  // bitlayers 0..7 and 8..15; with float activations [0] holds all
-    std::vector<Output> outputs;
-    int layers[2];
-    int64_t sums[2];  // rows of sums in each column
+  // What one task computes: rows and channels of the result.
+  struct Task {
+    const Panel& panel;
+    const RowBlock& block;
+    int64_t first_channel, channels;
+    int64_t width;   // channels, padded
+    int64_t shares;  // of the words of each segment
   };
 
   void RunPanel(int64_t rows, const int64_t* source, const int32_t* counts, Scratch& scratch) {
-    const int64_t num_segments = static_cast<int64_t>(segments_.size());
-    const int64_t limb_bytes = rows * limbs_ * padded_k_, num_sums = rows * num_segments * limbs_;
-    const int64_t num_values = limbs_ == 0 ? rows * padded_k_ : 0;
-    scratch.Start(Scratch::Bytes<uint8_t>(limb_bytes) + Scratch::Bytes<int32_t>(num_sums) +
-                  Scratch::Bytes<float>(num_values) + 2 * Scratch::Bytes<float>(rows));
-    Panel panel = {};
-    panel.rows = rows;
-    panel.source = source;
-    panel.counts = counts;
-    panel.limbs = scratch.Take<uint8_t>(limb_bytes);
-    panel.limb_sums = scratch.Take<int32_t>(num_sums);
-    panel.values = scratch.Take<float>(num_values);
-    panel.unit = scratch.Take<float>(rows);
-    panel.poison = scratch.Take<float>(rows);
-    const int64_t rows_per_task = std::max<int64_t>(1, kPrepareWork / std::max<int64_t>(1, padded_k_));
-    const int64_t tasks = (rows + rows_per_task - 1) / rows_per_task;
-    ParallelFor(scheduler_, tasks, [&](int64_t task) {
-      const int64_t stop = std::min(rows, (task + 1) * rows_per_task);
-      for (int64_t row = task * rows_per_task; row < stop; ++row) Prepare(panel, row);
-    });
-
-    const std::vector<RowBlock> blocks = RowBlocks(panel);
-    const int64_t width = Width(blocks, rows);
-    const int64_t chunks = (problem_.n + width - 1) / width;
-    ParallelFor(scheduler_, chunks * static_cast<int64_t>(blocks.size()), [&](int64_t task) {
-      const int64_t first = task / static_cast<int64_t>(blocks.size()) * width;
-      RunTask(panel, blocks[task % blocks.size()], first, std::min(width, problem_.n - first));
-    });
-  }
-
-  void Prepare(const Panel& panel, int64_t row) const {
-    thread_local Scratch scratch;
-    const int64_t source = panel.source[row];
-    bool finite = true;
-    panel.unit[row] = 1.0f;
-    uint8_t* limbs = panel.limbs + row * limbs_ * padded_k_;
-    if (problem_.row_type == RowType::kCodes) {
-      kernels_.split(static_cast<const int32_t*>(operands_.x) + source * problem_.k, problem_.k, padded_k_, limbs_,
-                     limbs, padded_k_);
-    } else {
-      scratch.Start(Scratch::Bytes<float>(problem_.k));
-      const float* x = FloatRow(problem_, operands_.x, source, scratch.Take<float>(problem_.k));
-      if (limbs_ > 0) {
-        finite = kernels_.quantize(x, problem_.k, padded_k_, problem_.activation_bits, limbs, padded_k_,
-                                   panel.unit + row);
-      } else {
-        float* values = panel.values + row * padded_k_;
-        std::fill(values + problem_.k, values + padded_k_, 0.0f);
-        bool large = false;
-        for (int64_t i = 0; i < problem_.k; ++i) {
-          finite = finite & (std::abs(x[i]) <= std::numeric_limits<float>::max());
-          large = large | (std::abs(x[i]) >= 0x1p64f);
-        }
-        // Kernels may sum up to 2**31 times the row, so rows of large values are scaled down, exactly.
-        if (finite && large) panel.unit[row] = 0x1p64f;
-        const float factor = finite ? 1.0f / panel.unit[row] : 0.0f;
-        for (int64_t i = 0; i < problem_.k; ++i) values[i] = finite ? x[i] * factor : 0.0f;
-      }
-    }
-    panel.poison[row] = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    const int64_t num_segments = static_cast<int64_t>(segments_.size());
-    for (int64_t s = 0; s < num_segments; ++s) {
-      const Segment& segment = segments_[s];
-      for (int limb = 0; limb < limbs_; ++limb) {
-        panel.limb_sums[(row * num_segments + s) * limbs_ + limb] =
-            kernels_.sum(limbs + limb * padded_k_ + segment.start * kWordBits,
-                         (segment.stop - segment.start) * kWordBits, limb == 0);
-      }
-    }
-  }
-
-  std::vector<RowBlock> RowBlocks(const Panel& panel) const {
-    const int64_t outputs_per_row = problem_.prefixes ? std::max<int64_t>(1, limit_) : 1;
-    const int64_t block_rows = std::max<int64_t>(1, kMaxBlockRows / outputs_per_row);
-    std::vector<RowBlock> blocks;
-    for (int64_t first = 0; first < panel.rows; first += block_rows) {
-      blocks.push_back(MakeRowBlock(panel, first, std::min(block_rows, panel.rows - first)));
-    }
-    return blocks;
-  }
-
-  RowBlock MakeRowBlock(const Panel& panel, int64_t first, int64_t rows) const {
-    RowBlock block;
-    block.first_row = first;
-    block.rows = rows;
-    const bool is_float = limbs_ == 0;
-    const int64_t plane = problem_.m * problem_.n;
-    const int column_layers = is_float ? kMaxBits : kLimbBits;
-    const int most = static_cast<int>(problem_.prefixes ? limit_ : panel.counts[first + rows - 1]);
-    block.layers[0] = std::min(most, kLimbBits);
-    block.layers[1] = std::max(most - kLimbBits, 0);
-    const int second = is_float ? 0 : block.layers[1];  // floats take both in one
-    if (problem_.prefixes) {
-      for (int b = 1; b <= std::min(most, column_layers); ++b) block.columns[0].push_back({0, rows, b, (b - 1) * rows});
-      for (int b = 1; b <= second; ++b) block.columns[1].push_back({0, rows, b, (b - 1) * rows});
-      for (int b = 1; b <= most; ++b) {
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t source = panel.source[first + row];
-          block.outputs.push_back({row, b, {(std::min(b, column_layers) - 1) * rows + row, (b - 9) * rows + row},
-                                   operands_.y + (b - 1) * plane + source * problem_.n});
-        }
-      }
-      block.sums[0] = std::min(most, column_layers) * rows;
-      block.sums[1] = second * rows;
-      return block;
-    }
-    const auto add = [](std::vector<MaskedRows>& runs, int64_t row, int layers, int64_t sum) {
-      if (!runs.empty() && runs.back().layers == layers) {
-        ++runs.back().rows;
-      } else {
-        runs.push_back({row, 1, layers, sum});
-      }
+    const std::vector<RowBlock> blocks =
+        MakeRowBlocks(problem_, kernels_, operands_.y, rows, source, counts, limit_);
+    const bool with_tables = std::any_of(blocks.begin(), blocks.end(),
+                                         [](const RowBlock& block) { return block.method == Method::kLookup; });
+    const Panel panel = MakePanel(problem_, operands_, kernels_, scheduler_, segments_, rows, source, counts,
+                                  with_tables, scratch);
+    const int64_t width = Width(blocks, rows), num_blocks = static_cast<int64_t>(blocks.size());
+    const int64_t tasks = (problem_.n + width - 1) / width * num_blocks;
+    const auto run = [&](int64_t task, int64_t shares) {
+      const int64_t first = task / num_blocks * width, channels = std::min(width, problem_.n - first);
+      RunTask({panel, blocks[task % num_blocks], first, channels, (channels + 15) / 16 * 16, shares});
     };
-    int64_t first_deep = rows;  // of the rows with more than 8 bitlayers
-    for (int64_t row = 0; row < rows; ++row) {
-      const int count = panel.counts[first + row];
-      add(block.columns[0], row, std::min(count, column_layers), row);
-      if (count > column_layers) {
-        first_deep = std::min(first_deep, row);
-        add(block.columns[1], row, count - kLimbBits, row - first_deep);
-      }
-      block.outputs.push_back(
-          {row, count, {row, row - first_deep}, operands_.y + panel.source[first + row] * problem_.n});
+    const int64_t shares = problem_.n <= kNarrowChannels && num_blocks == 1 ? Shares(blocks[0]) : 1;
+    if (shares > 1) {
+      for (int64_t task = 0; task < tasks; ++task) run(task, shares);
+    } else {
+      ParallelFor(scheduler_, tasks, [&](int64_t task) { run(task, 1); });
     }
-    block.sums[0] = rows;
-    block.sums[1] = rows - first_deep;
-    return block;
-  }
-
-  bool Streams(const RowBlock& block) const {
-    return kernels_.stream != nullptr && limbs_ > 0 && block.outputs.size() == 1;
-  }
-
-  bool FromCodes(const RowBlock& block) const {
-    return kernels_.float_codes != nullptr && limbs_ == 0 && block.rows <= kFewRows && block.layers[1] == 0;
   }
 
   // Channels of a task: wide, so that words are read in long runs; narrow where many rows need sums in the cache.
   int64_t Width(const std::vector<RowBlock>& blocks, int64_t rows) const {
-    const int64_t outputs = static_cast<int64_t>(blocks[0].outputs.size());
+    const RowBlock& block = blocks[0];
+    const int64_t outputs = static_cast<int64_t>(block.outputs.size());
     int64_t width = limbs_ == 0 ? (outputs <= 16 ? 256 : 64) : (outputs <= 16 ? 512 : 128);
-    if (Streams(blocks[0])) width = kStreamChannels;
-    if (FromCodes(blocks[0])) width = kStreamChannels / 2;  // and a block of codes for their k
+    if (block.method == Method::kStream) width = kWideChannels;
+    if (block.method == Method::kCodes) width = kWideChannels / 2;  // and a block of codes for their k
+    if (block.method == Method::kLookup) width = outputs == 1 ? kWideChannels : kWideChannels / 2;
     if (problem_.num_words() * problem_.n * rows < kSerialWork) return std::max<int64_t>(16, width);
     const int64_t tasks = scheduler_.num_threads() * 2;  // twice the threads, since some of them may be busy
     const int64_t chunks = std::max<int64_t>(1, tasks / static_cast<int64_t>(blocks.size()));
@@ -325,167 +103,249 @@ class Product {
     return std::clamp<int64_t>((share + 63) / 64 * 64, 64, width);
   }
 
-  void RunTask(const Panel& panel, const RowBlock& block, int64_t first_channel, int64_t channels) const {
+  // A number that no thread has a say in, so that sums of floats have the same bits on any machine with these kernels.
+  int64_t Shares(const RowBlock& block) const {
+    int64_t longest = 0;
+    for (const Segment& segment : segments_) longest = std::max(longest, segment.stop - segment.start);
+    const int64_t work = longest * problem_.n * block.most() * block.rows;
+    return std::clamp<int64_t>(work / kShareWords, 1, std::min(kMaxShares, longest));
+  }
+
+  void RunTask(const Task& task) const {
     thread_local Scratch scratch;
     if (limbs_ == 0) {
-      FloatTask(panel, block, first_channel, channels, scratch);
+      FloatTask(task, scratch);
     } else {
-      FixedPointTask(panel, block, first_channel, channels, scratch);
+      FixedPointTask(task, scratch);
     }
     for (int64_t b = problem_.prefixes ? limit_ : problem_.bits; b < problem_.bits; ++b) {
-      for (int64_t row = 0; row < block.rows; ++row) {
-        float* y = operands_.y + (b * problem_.m + panel.source[block.first_row + row]) * problem_.n + first_channel;
-        std::fill(y, y + channels, 0.0f);
+      for (int64_t row = 0; row < task.block.rows; ++row) {
+        const int64_t source = task.panel.source[task.block.first_row + row];
+        float* y = operands_.y + (b * problem_.m + source) * problem_.n + task.first_channel;
+        std::fill(y, y + task.channels, 0.0f);
       }
     }
   }
 
-  WordBlock Words(int column, int layers, int64_t start, int64_t stop, int64_t first_channel, int64_t channels) const {
+  WordBlock Words(const Task& task, int column, int layers, int64_t start, int64_t stop) const {
     const int64_t layer_stride = problem_.num_words() * problem_.n;
-    return {operands_.words + column * kLimbBits * layer_stride + start * problem_.n + first_channel,
+    return {operands_.words + column * kLimbBits * layer_stride + start * problem_.n + task.first_channel,
             layer_stride,
             problem_.n,
             layers,
             stop - start,
-            channels};
+            task.channels};
   }
 
-  void FixedPointTask(const Panel& panel, const RowBlock& block, int64_t first_channel, int64_t channels,
-                      Scratch& scratch) const {
-    const int64_t width = (channels + 15) / 16 * 16, outputs = static_cast<int64_t>(block.outputs.size());
-    const int64_t num_segments = static_cast<int64_t>(segments_.size());
-    const bool streams = Streams(block);
-    const int64_t block_words = std::max<int64_t>(1, kCodeBytes / (kWordBits * width));
-    const int64_t code_bytes = streams ? 0 : block_words * kWordBits * width;
-    const int64_t stream_size = streams ? StreamScratch(width, limbs_) : 0;
-    const int64_t num_sums[2] = {block.sums[0] * limbs_ * width, block.sums[1] * limbs_ * width};
-    scratch.Start(Scratch::Bytes<uint8_t>(code_bytes) + Scratch::Bytes<int32_t>(stream_size) +
-                  Scratch::Bytes<int32_t>(num_sums[0]) + Scratch::Bytes<int32_t>(num_sums[1]) +
-                  2 * Scratch::Bytes<float>(outputs * width));
-    uint8_t* codes = scratch.Take<uint8_t>(code_bytes);
-    int32_t* stream_scratch = scratch.Take<int32_t>(stream_size);
-    int32_t* sums[2] = {scratch.Take<int32_t>(num_sums[0]), scratch.Take<int32_t>(num_sums[1])};
+  // Runs sum(first word, last word, its buffer) for each share of a segment, and adds up what they leave in the buffers:
+  // `shares` of `size` numbers each, of which the first buffer then holds the sums.
+  template <typename T, typename Sum>
+  void InShares(const Segment& segment, int64_t shares, T* sums, int64_t size, const Sum& sum) const {
+    if (shares == 1) return sum(segment.start, segment.stop, sums);
+    const int64_t words = segment.stop - segment.start;
+    ParallelFor(scheduler_, shares, [&](int64_t i) {
+      T* its = sums + i * size;
+      if (i > 0) std::fill(its, its + size, T());
+      const int64_t start = segment.start + words * i / shares, stop = segment.start + words * (i + 1) / shares;
+      if (start < stop) sum(start, stop, its);
+    });
+    for (int64_t i = 1; i < shares; ++i) {
+      for (int64_t j = 0; j < size; ++j) sums[j] += sums[i * size + j];
+    }
+  }
+
+  void FixedPointTask(const Task& task, Scratch& scratch) const {
+    const RowBlock& block = task.block;
+    const int64_t width = task.width, outputs = static_cast<int64_t>(block.outputs.size());
+    const int64_t num_sums = (block.sums[0] + block.sums[1]) * limbs_ * width;
+    scratch.Start(Scratch::Bytes<int32_t>(num_sums * task.shares) + 2 * Scratch::Bytes<float>(outputs * width));
+    int32_t* sums = scratch.Take<int32_t>(num_sums * task.shares);
+    const int32_t* column_sums[2] = {sums, sums + block.sums[0] * limbs_ * width};
     float* group_sums = scratch.Take<float>(outputs * width);
     float* totals = scratch.Take<float>(outputs * width);
     std::fill(totals, totals + outputs * width, 0.0f);
 
-    for (int64_t s = 0; s < num_segments; ++s) {
+    for (int64_t s = 0; s < static_cast<int64_t>(segments_.size()); ++s) {
       const Segment& segment = segments_[s];
-      const auto limb_sums = [&](int64_t row) {
-        return panel.limb_sums + ((block.first_row + row) * num_segments + s) * limbs_;
-      };
-      const auto limb_rows = [&](int64_t first, int64_t rows, int64_t word) {
-        return LimbRows{panel.limbs + (block.first_row + first) * limbs_ * padded_k_ + word * kWordBits,
-                        limbs_ * padded_k_, padded_k_, limbs_, rows};
-      };
-      for (int column = 0; column < 2; ++column) {
-        if (block.columns[column].empty()) continue;
-        if (streams) {
-          kernels_.stream(Words(column, block.layers[column], segment.start, segment.stop, first_channel, channels),
-                          limb_rows(0, 1, segment.start), limb_sums(0), stream_scratch, sums[column], width);
-          continue;
+      std::fill(sums, sums + num_sums, 0);
+      InShares(segment, task.shares, sums, num_sums, [&](int64_t start, int64_t stop, int32_t* its) {
+        for (int column = 0; column < 2; ++column) {
+          if (!block.columns[column].empty()) AddSums(task, column, start, stop, its);
+          its += block.sums[0] * limbs_ * width;
         }
-        std::fill(sums[column], sums[column] + num_sums[column], 0);
-        for (int64_t word = segment.start; word < segment.stop; word += block_words) {
-          const int64_t stop = std::min(word + block_words, segment.stop);
-          kernels_.unpack(Words(column, block.layers[column], word, stop, first_channel, channels), width, codes);
-          if (problem_.prefixes && kernels_.dot_prefixes != nullptr) {
-            kernels_.dot_prefixes(codes, stop - word, width, block.layers[column], limb_rows(0, block.rows, word),
-                                  sums[column]);
-            continue;
-          }
-          for (const MaskedRows& run : block.columns[column]) {
-            kernels_.dot(codes, stop - word, width, static_cast<uint8_t>(0xFF00u >> run.layers),
-                         limb_rows(run.first_row, run.rows, word), sums[column] + run.first_sum * limbs_ * width);
-          }
-        }
-      }
+      });
       if (segment.first) std::fill(group_sums, group_sums + outputs * width, 0.0f);
       for (int64_t i = 0; i < outputs; ++i) {
         const Output& output = block.outputs[i];
         Columns columns = {};
         for (int column = 0; column < 2; ++column) {
           const int layers = column == 0 ? std::min(output.count, kLimbBits) : std::max(output.count - kLimbBits, 0);
-          columns.sums[column] = sums[column] + (layers == 0 ? 0 : output.sums[column] * limbs_ * width);
-          columns.shift[column] = streams ? 0 : kLimbBits - layers;
+          columns.sums[column] = column_sums[column] + (layers == 0 ? 0 : output.sums[column] * limbs_ * width);
+          columns.shift[column] = block.method == Method::kBlocks ? kLimbBits - layers : 0;
           columns.layers[column] = layers;
         }
-        columns.limb_sums = limb_sums(output.row);
+        columns.limb_sums = LimbSums(task, output.row, s);
         columns.limbs = limbs_;
         kernels_.combine(columns, width, group_sums + i * width);
         if (segment.last) {
           const float factor = std::ldexp(1.0f, 2 - problem_.activation_bits - output.count);
-          AddGroup(segment.group, output.count, factor, first_channel, channels, group_sums + i * width,
-                   totals + i * width);
+          AddGroup(task, segment.group, output.count, factor, group_sums + i * width, totals + i * width);
         }
       }
     }
-    Finish(panel, block, first_channel, channels, width, totals);
+    Finish(task, totals);
   }
 
-  void FloatTask(const Panel& panel, const RowBlock& block, int64_t first_channel, int64_t channels,
-                 Scratch& scratch) const {
-    const int64_t width = (channels + 15) / 16 * 16, outputs = static_cast<int64_t>(block.outputs.size());
-    const bool from_codes = FromCodes(block);
-    const int64_t bytes = from_codes ? kCodeBytes : kValueBytes / 4;
-    const int64_t block_words = std::max<int64_t>(1, bytes / (kWordBits * width));
-    const int64_t block_size = block_words * kWordBits * width, num_values = from_codes ? 0 : block_size;
-    scratch.Start(2 * Scratch::Bytes<uint8_t>(block_size) + Scratch::Bytes<float>(num_values) +
-                  2 * Scratch::Bytes<float>(outputs * width));
-    uint8_t* high = scratch.Take<uint8_t>(block_size);
-    uint8_t* low = scratch.Take<uint8_t>(block_size);
-    float* values = scratch.Take<float>(num_values);
-    float* group_sums = scratch.Take<float>(outputs * width);
+  const int32_t* LimbSums(const Task& task, int64_t row, int64_t segment) const {
+    const int64_t num_segments = static_cast<int64_t>(segments_.size());
+    return task.panel.limb_sums + ((task.block.first_row + row) * num_segments + segment) * limbs_;
+  }
+
+  LimbRows Limbs(const Task& task, int64_t first, int64_t rows, int64_t word) const {
+    const int64_t limb_stride = task.panel.limb_stride, row_stride = limbs_ * limb_stride;
+    return {task.panel.limbs + (task.block.first_row + first) * row_stride + word * kWordBits, row_stride, limb_stride,
+            limbs_, rows};
+  }
+
+  // Adds the products of limbs with up to 8 bitlayers, in some words of a segment.
+  void AddSums(const Task& task, int column, int64_t start, int64_t stop, int32_t* sums) const {
+    thread_local Scratch scratch;
+    const RowBlock& block = task.block;
+    const int64_t width = task.width;
+    if (block.method == Method::kStream) {
+      scratch.Start(Scratch::Bytes<int32_t>(StreamScratch(width, limbs_)));
+      const LimbRows row = Limbs(task, 0, 1, start);
+      int32_t limb_sums[kMaxLimbs];
+      for (int limb = 0; limb < limbs_; ++limb) {
+        limb_sums[limb] = kernels_.sum(row.data + limb * row.limb_stride, (stop - start) * kWordBits, limb == 0);
+      }
+      kernels_.stream(Words(task, column, block.layers[column], start, stop), row, limb_sums,
+                      scratch.Take<int32_t>(StreamScratch(width, limbs_)), sums, width);
+      return;
+    }
+    if (block.method == Method::kLookup) return LookupSums(task, column, start, stop, sums);
+    const int64_t block_words = std::max<int64_t>(1, kCodeBytes / (kWordBits * width));
+    scratch.Start(Scratch::Bytes<uint8_t>(block_words * kWordBits * width));
+    uint8_t* codes = scratch.Take<uint8_t>(block_words * kWordBits * width);
+    for (int64_t word = start; word < stop; word += block_words) {
+      const int64_t end = std::min(word + block_words, stop);
+      kernels_.unpack(Words(task, column, block.layers[column], word, end), width, codes);
+      for (const MaskedRows& run : block.columns[column]) {
+        kernels_.dot(codes, end - word, width, static_cast<uint8_t>(0xFF00u >> run.layers),
+                     Limbs(task, run.first_row, run.rows, word), sums + run.first_sum * limbs_ * width);
+      }
+    }
+  }
+
+  // Runs body(row of the panel, its bitlayers, its sums) for the rows of a look-up.
+  template <typename T, typename Body>
+  void ForRows(const RowBlock& block, int column, T* sums, int64_t row_size, const Body& body) const {
+    for (const MaskedRows& run : block.columns[column]) {
+      for (int64_t i = 0; i < run.rows; ++i) {
+        body(block.first_row + run.first_row + i, run.layers, sums + (run.first_sum + i) * row_size);
+      }
+    }
+  }
+
+  void LookupSums(const Task& task, int column, int64_t start, int64_t stop, int32_t* sums) const {
+    const RowBlock& block = task.block;
+    const int64_t row_size = limbs_ * task.width, layer_stride = block.rows * row_size;
+    const int64_t block_words = block.rows == 1 ? stop - start : kLookupWords;
+    for (int64_t word = start; word < stop; word += block_words) {
+      const int64_t end = std::min(word + block_words, stop);
+      ForRows(block, column, sums, row_size, [&](int64_t row, int layers, int32_t* its) {
+        const uint8_t* tables = task.panel.tables + (row * problem_.num_words() + word) * limbs_ * kTableBytes;
+        kernels_.lookup(Words(task, column, layers, word, end), tables, limbs_, its, layer_stride, task.width);
+      });
+    }
+    ForRows(block, column, sums, row_size, [&](int64_t, int layers, int32_t* its) {
+      kernels_.add_layers(layers, limbs_, stop - start, task.width, its, layer_stride);
+    });
+  }
+
+  void FloatTask(const Task& task, Scratch& scratch) const {
+    const RowBlock& block = task.block;
+    const int64_t width = task.width, outputs = static_cast<int64_t>(block.outputs.size());
+    const int64_t size = block.sums[0] * width;
+    scratch.Start(Scratch::Bytes<float>(size * task.shares) + Scratch::Bytes<float>(outputs * width));
+    float* group_sums = scratch.Take<float>(size * task.shares);
     float* totals = scratch.Take<float>(outputs * width);
     std::fill(totals, totals + outputs * width, 0.0f);
 
     for (const Segment& segment : segments_) {
-      if (segment.first) std::fill(group_sums, group_sums + outputs * width, 0.0f);
-      for (int64_t word = segment.start; word < segment.stop; word += block_words) {
-        const int64_t stop = std::min(word + block_words, segment.stop);
-        if (block.layers[0] > 0) {
-          kernels_.unpack(Words(0, block.layers[0], word, stop, first_channel, channels), width, high);
-        }
-        if (block.layers[1] > 0) {
-          kernels_.unpack(Words(1, block.layers[1], word, stop, first_channel, channels), width, low);
-        }
-        for (const MaskedRows& run : block.columns[0]) {
-          if (from_codes) {
-            kernels_.float_codes(high, stop - word, width, run.layers,
-                                 panel.values + (block.first_row + run.first_row) * padded_k_ + word * kWordBits,
-                                 padded_k_, run.rows, group_sums + run.first_sum * width);
-            continue;
-          }
-          kernels_.values(high, run.layers > kLimbBits ? low : nullptr, stop - word, width, run.layers, values);
-          kernels_.float_dot(values, (stop - word) * kWordBits, width,
-                             panel.values + (block.first_row + run.first_row) * padded_k_ + word * kWordBits,
-                             padded_k_, run.rows, group_sums + run.first_sum * width);
-        }
-      }
+      if (segment.first) std::fill(group_sums, group_sums + size, 0.0f);
+      InShares(segment, task.shares, group_sums, size,
+               [&](int64_t start, int64_t stop, float* its) { AddFloatSums(task, start, stop, its); });
       if (!segment.last) continue;
+      if (block.method == Method::kLookup) {
+        ForRows(block, 0, group_sums, width, [&](int64_t, int layers, float* its) {
+          kernels_.add_float_layers(layers, width, its, block.rows * width);
+        });
+      }
       for (int64_t i = 0; i < outputs; ++i) {
         const Output& output = block.outputs[i];
-        AddGroup(segment.group, output.count, 1.0f, first_channel, channels, group_sums + output.sums[0] * width,
-                 totals + i * width);
+        AddGroup(task, segment.group, output.count, 1.0f, group_sums + output.sums[0] * width, totals + i * width);
       }
     }
-    Finish(panel, block, first_channel, channels, width, totals);
+    Finish(task, totals);
   }
 
-  void AddGroup(int64_t group, int count, float factor, int64_t first_channel, int64_t channels,
-                const float* group_sum, float* total) const {
+  // Adds the products of float rows with weights, in some words of a segment.
+  void AddFloatSums(const Task& task, int64_t start, int64_t stop, float* sums) const {
+    thread_local Scratch scratch;
+    const RowBlock& block = task.block;
+    const int64_t width = task.width;
+    if (block.method == Method::kLookup) return LookupFloatSums(task, start, stop, sums);
+    const bool from_codes = block.method == Method::kCodes;
+    const int64_t bytes = from_codes ? kCodeBytes : kValueBytes / 4;
+    const int64_t block_words = std::max<int64_t>(1, bytes / (kWordBits * width));
+    const int64_t block_size = block_words * kWordBits * width, num_values = from_codes ? 0 : block_size;
+    scratch.Start(2 * Scratch::Bytes<uint8_t>(block_size) + Scratch::Bytes<float>(num_values));
+    uint8_t* high = scratch.Take<uint8_t>(block_size);
+    uint8_t* low = scratch.Take<uint8_t>(block_size);
+    float* values = scratch.Take<float>(num_values);
+    for (int64_t word = start; word < stop; word += block_words) {
+      const int64_t end = std::min(word + block_words, stop);
+      if (block.layers[0] > 0) kernels_.unpack(Words(task, 0, block.layers[0], word, end), width, high);
+      if (block.layers[1] > 0) kernels_.unpack(Words(task, 1, block.layers[1], word, end), width, low);
+      for (const MaskedRows& run : block.columns[0]) {
+        const float* x = task.panel.values + (block.first_row + run.first_row) * padded_k_ + word * kWordBits;
+        float* its = sums + run.first_sum * width;
+        if (from_codes) {
+          kernels_.float_codes(high, end - word, width, run.layers, x, padded_k_, run.rows, its);
+        } else {
+          kernels_.values(high, run.layers > kLimbBits ? low : nullptr, end - word, width, run.layers, values);
+          kernels_.float_dot(values, (end - word) * kWordBits, width, x, padded_k_, run.rows, its);
+        }
+      }
+    }
+  }
+
+  void LookupFloatSums(const Task& task, int64_t start, int64_t stop, float* sums) const {
+    const RowBlock& block = task.block;
+    const int64_t block_words = block.rows == 1 ? stop - start : kLookupWords;
+    for (int64_t word = start; word < stop; word += block_words) {
+      const int64_t end = std::min(word + block_words, stop);
+      ForRows(block, 0, sums, task.width, [&](int64_t row, int layers, float* its) {
+        const float* tables = task.panel.float_tables + (row * problem_.num_words() + word) * kTableFloats;
+        kernels_.float_lookup(Words(task, 0, layers, word, end), tables, its, block.rows * task.width);
+      });
+    }
+  }
+
+  void AddGroup(const Task& task, int64_t group, int count, float factor, const float* group_sum, float* total) const {
     const int64_t row = std::min<int64_t>({count, problem_.bits, kNumScales}) - 1;
-    const float* scale = operands_.scale + (row * problem_.groups() + group) * problem_.n + first_channel;
+    const float* scale = operands_.scale + (row * problem_.groups() + group) * problem_.n + task.first_channel;
     const auto add = problem_.groups() == 1 ? kernels_.scale_only : kernels_.scale_add;
-    add(group_sum, scale, factor, channels, total);
+    add(group_sum, scale, factor, task.channels, total);
   }
 
-  void Finish(const Panel& panel, const RowBlock& block, int64_t first_channel, int64_t channels, int64_t width,
-              const float* totals) const {
-    for (size_t i = 0; i < block.outputs.size(); ++i) {
-      const Output& output = block.outputs[i];
-      const int64_t row = block.first_row + output.row;
-      kernels_.finish_row(totals + i * width, panel.unit[row], panel.poison[row], channels, output.y + first_channel);
+  void Finish(const Task& task, const float* totals) const {
+    for (size_t i = 0; i < task.block.outputs.size(); ++i) {
+      const Output& output = task.block.outputs[i];
+      const int64_t row = task.block.first_row + output.row;
+      kernels_.finish_row(totals + i * task.width, task.panel.unit[row], task.panel.poison[row], task.channels,
+                          output.y + task.first_channel);
     }
   }
 

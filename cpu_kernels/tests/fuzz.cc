@@ -1,4 +1,5 @@
-// Random products on every set of kernels of this machine against the definition, written out here in scalar integers.
+// Random products on every set of kernels of this machine, by every method, against the definition, written out here in
+// scalar integers.
 //
 //   pbjax_fuzz [cases] [seed]
 #include <cmath>
@@ -201,7 +202,7 @@ Case MakeCase(Random& random) {
   const int64_t kind = between(0, 999);
   problem.m = pick({1, 1, 1, 2, 3, 5, 7});
   problem.k = kind == 0 ? pick({40000, 65536 + 33}) : pick({1, 2, 31, 32, 33, 64, 65, 95, 130, 200});
-  problem.n = kind == 0 ? between(1, 2) : pick({1, 2, 3, 15, 16, 17, 33, 64, 65});
+  problem.n = kind == 0 ? between(1, 5) : pick({1, 2, 3, 15, 16, 17, 33, 64, 65});
   if (kind >= 990) problem.m = between(20, 150), problem.k = between(1, 70), problem.n = between(1, 20);
   problem.bits = between(1, 16);
   problem.group_size = pick({0, 0, 32, 64, 96});
@@ -301,18 +302,25 @@ int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 20000;
   const uint64_t seed = argc > 2 ? std::atoll(argv[2]) : 0;
   std::mt19937_64 random(seed);
-  std::vector<const pbjax::Kernels*> tables;
-  for (const pbjax::Kernels* table : {pbjax::Avx512Kernels(), pbjax::Avx2Kernels(), pbjax::NeonKernels(),
-                                      pbjax::PortableKernels()}) {
-    if (table != nullptr) tables.push_back(table);
-  }
+  std::vector<const pbjax::Kernels*> tables(pbjax::kMaxTables);
+  tables.resize(pbjax::FindTables(tables.data()));
   int64_t wrong = 0, products = 0;
   for (int64_t i = 0; i < cases && wrong < 20; ++i) {
     const pbjax::Case given = pbjax::MakeCase(random);
     for (const pbjax::Kernels* table : tables) {
       const bool threads = random() % 64 == 0;
       pbjax::TestScheduler scheduler(threads ? 4 : random() % 2 ? 1 : 3, !threads);
-      wrong += pbjax::Check(given, *table, scheduler) != 0;
+      // By the table of choices, or by any method; one that a table does not have falls back to blocks.
+      pbjax::Kernels kernels = *table;
+      const pbjax::Method methods[] = {pbjax::Method::kBlocks, pbjax::Method::kStream, pbjax::Method::kCodes,
+                                       pbjax::Method::kLookup};
+      const pbjax::Choice any = {given.problem.limbs(), given.problem.prefixes, given.problem.m, pbjax::kMaxBits,
+                                 methods[random() % 4]};
+      if (random() % 2 != 0) {
+        kernels.choices = &any;
+        kernels.num_choices = 1;
+      }
+      wrong += pbjax::Check(given, kernels, scheduler) != 0;
       ++products;
     }
   }

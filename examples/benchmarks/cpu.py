@@ -6,8 +6,9 @@ same values, and each row says how much faster it was than the float32 product o
 
     .venv/bin/python examples/benchmarks/cpu.py --output cpu.csv --plot cpu.png
 
-Each time is that of a call after a pause, in which the threads of other libraries go to sleep, and after another call
-of the same method: weights that fit the caches are in them. With --cold the call before is a read of 256 MiB instead.
+Each time is that of a call after a pause, in which the threads of other libraries go to sleep, and after calls of the
+same method for 3 ms: a processor takes about a millisecond to wake up, and weights that fit the caches are in them.
+With --cold the call before is a read of 256 MiB instead.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ ACTIVATION_BITS = (8, 16, None)
 SWEEP_ROWS = 8  # with more, a sweep is a product for each count
 READ_WORDS = 2**26  # more than caches hold
 PAUSE_S = 0.005
+WARM_S = 0.003  # the same time for every method, not the same number of calls
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +212,14 @@ def read_method(words: int, threads: int) -> Method:
     )
 
 
+def warm_up(call: Callable[[], Any]) -> None:
+    """Calls it until a time has passed, once at least."""
+    end = time.perf_counter() + WARM_S
+    call()
+    while time.perf_counter() < end:
+        call()
+
+
 def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) -> list[Row]:
     """The rows of one shape."""
     threads = os.cpu_count() or 1
@@ -238,7 +248,7 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
             if i in slow and turn % 5:
                 continue
             time.sleep(PAUSE_S)
-            flush() if cold else method.call()
+            flush() if cold else warm_up(method.call)
             start = time.perf_counter()
             method.call()
             times[i].append((time.perf_counter() - start) * 1e6)

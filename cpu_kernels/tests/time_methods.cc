@@ -1,0 +1,150 @@
+// Times of every method that a table has, as CSV: the source of the tables of choices.
+//
+//   pbjax_time_methods [size] [table]
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+#include "matmul.h"
+#include "problem.h"
+
+namespace pbjax {
+namespace {
+
+class Pool : public Scheduler {
+ public:
+  explicit Pool(int64_t num_threads) {
+    for (int64_t i = 1; i < num_threads; ++i) {
+      threads_.emplace_back([this] { Work(); });
+    }
+  }
+  ~Pool() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+  int64_t num_threads() const override { return static_cast<int64_t>(threads_.size()) + 1; }
+  void Schedule(std::function<void()> task) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    wake_.notify_one();
+  }
+
+ private:
+  void Work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [this] { return stop_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      const std::function<void()> task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+      lock.lock();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
+  bool stop_ = false;
+};
+
+struct Buffers {
+  std::vector<float> x, scale, y;
+  std::vector<uint32_t> words;
+};
+
+const char* Name(Method method) {
+  switch (method) {
+    case Method::kBlocks: return "blocks";
+    case Method::kStream: return "stream";
+    case Method::kCodes: return "codes";
+    case Method::kLookup: return "lookup";
+  }
+  return "";
+}
+
+// Microseconds of a call, the median of many in a row.
+double Time(const Problem& problem, Buffers& buffers, const Kernels& kernels, int count, Pool& pool) {
+  std::vector<int32_t> counts(problem.prefixes ? 1 : problem.m, count);
+  const Operands operands = {buffers.x.data(), buffers.words.data(), buffers.scale.data(), counts.data(),
+                             buffers.y.data()};
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> times;
+  const auto end = Clock::now() + std::chrono::milliseconds(60);
+  while (times.size() < 5 || Clock::now() < end) {
+    const auto start = Clock::now();
+    Matmul(problem, operands, kernels, pool);
+    times.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
+  }
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+}  // namespace
+}  // namespace pbjax
+
+int main(int argc, char** argv) {
+  using namespace pbjax;
+  const int64_t size = argc > 1 ? std::atoll(argv[1]) : 4096;
+  const char* name = argc > 2 ? argv[2] : "";
+  const Kernels* table = FindKernels(name, std::strlen(name));
+  if (table == nullptr) {
+    std::fprintf(stderr, "no kernels named %s on this machine\n", name);
+    return 1;
+  }
+  constexpr int64_t kRows = 8, kBits = 8;
+  std::mt19937_64 random(0);
+  std::normal_distribution<float> normal;
+  Buffers buffers;
+  buffers.x.resize(kRows * size);
+  for (float& x : buffers.x) x = normal(random);
+  buffers.scale.assign(4 * size, 1.0f);
+  buffers.y.resize(kBits * kRows * size);
+  buffers.words.resize(kBits * (size / 32) * size);
+  for (uint32_t& word : buffers.words) word = static_cast<uint32_t>(random());
+  Pool pool(std::thread::hardware_concurrency());
+  std::printf("instructions,threads,k,n,m,activation_bits,sweep,bitlayers,method,median_us\n");
+  for (const bool sweep : {false, true}) {
+    for (const int activation_bits : {8, 16, 24, 0}) {
+      for (const int64_t m : {1, 2, 4, 8}) {
+        for (const int count : {1, 2, 4, 6, 8}) {
+          if (sweep && count < 8) continue;
+          for (const Method method : {Method::kBlocks, Method::kStream, Method::kCodes, Method::kLookup}) {
+            const bool is_float = activation_bits == 0;
+            if (method == Method::kStream && (is_float || table->stream == nullptr || m > 1 || sweep)) continue;
+            if (method == Method::kCodes && (!is_float || table->float_codes == nullptr || m > kFewRows)) continue;
+            if (method == Method::kLookup && (is_float ? (void*)table->float_lookup : (void*)table->lookup) == nullptr) continue;
+            Kernels kernels = *table;
+            const Problem problem = {m, size, size, kBits, 0, activation_bits, RowType::kFloat32, sweep};
+            const Choice choice = {problem.limbs(), sweep, kRows, kBits, method};
+            kernels.choices = &choice;
+            kernels.num_choices = 1;
+            std::printf("%s,%ld,%ld,%ld,%ld,%d,%d,%d,%s,%.1f\n", table->name, (long)pool.num_threads(), (long)size,
+                        (long)size, (long)m, activation_bits, sweep, count, Name(method),
+                        Time(problem, buffers, kernels, count, pool));
+          }
+        }
+      }
+    }
+  }
+  return 0;
+}
