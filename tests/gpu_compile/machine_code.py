@@ -18,15 +18,14 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import os
 import pathlib
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from unittest import mock
 
 import jax
+import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -194,8 +193,11 @@ def _compiled(
     sharding = SingleDeviceSharding(_device(gpu))
     described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with tempfile.TemporaryDirectory() as folder:
-        # Mosaic GPU assembles its kernels itself, and asks the environment where to leave their PTX.
-        with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTX="1"):
+        # Mosaic GPU assembles its kernels itself, and asks the environment where to leave their PTX. Only these two are
+        # put back: when it is first imported, it sets one for itself, where its library lies.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOSAIC_GPU_DUMP_TO", folder)
+            patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
             # Autotuning would measure, on the GPU that is not there.
             defaults = {"xla_dump_to": folder, "xla_gpu_autotune_level": 0}
             with jax.sharding.use_abstract_mesh(_mesh(gpu)):
