@@ -1,4 +1,4 @@
-"""Text as tokens: frequent words are one each, all other words are spelled. English comes with Python, or from a file."""
+"""Text as tokens: frequent words are one token each, all others are spelled. Python brings the text, or a file does."""
 
 from __future__ import annotations
 

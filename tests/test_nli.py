@@ -34,7 +34,9 @@ def test_labels_are_those_of_all_models(grammar):
     nouns, verbs = ("animal", "mammal", "dog", "cat"), ("act", "move", "walk", "rest")
     adjectives, adverbs = ("big", "old"), ("quickly",)
     acts = [None, *((verb, how) for verb in verbs for how in ("", *adverbs))]
-    looks = [{a for a, has in zip(adjectives, mask, strict=True) if has} for mask in itertools.product((0, 1), repeat=2)]
+    looks = [
+        {a for a, has in zip(adjectives, mask, strict=True) if has} for mask in itertools.product((0, 1), repeat=2)
+    ]
     things = list(itertools.product(nouns, looks, acts))
     sentences = [
         grammar.Sentence(*parts)
@@ -50,9 +52,7 @@ def test_labels_are_those_of_all_models(grammar):
     def does(sentence, thing):
         act = thing[2]
         done = (
-            act is not None
-            and sentence.verb in kinds_above(act[0], grammar.VERBS)
-            and sentence.adverb in ("", act[1])
+            act is not None and sentence.verb in kinds_above(act[0], grammar.VERBS) and sentence.adverb in ("", act[1])
         )
         return done != sentence.negated
 
