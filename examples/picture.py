@@ -31,6 +31,8 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     )
     if baseline.metric == "perplexity":
         left.set_yscale("log")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
     bitlayers = [int(row.bitlayers) for row in uniform]
     bars = right.bar(bitlayers, [row.speedup for row in uniform], color=ORANGE, width=0.7)
     right.bar_label(bars, [f"{row.speedup:.1f}x" for row in uniform], padding=2, color=ORANGE)
