@@ -64,6 +64,8 @@ class Row:
       metric: name of the quality.
       quality: on the test data.
       loss: part of the float32 quality that is lost; negative where it is better than float32.
+      divergence: mean Kullback-Leibler divergence of its probabilities from those of float32 on the test data, in nats:
+        it tells apart what no test example does.
       ms: median milliseconds for one unit of the example, or None where it was not timed.
       speedup: over float32 in the same turns.
     """
@@ -76,6 +78,7 @@ class Row:
     metric: str
     quality: float
     loss: float
+    divergence: float
     ms: float | None = None
     speedup: float | None = None
 
@@ -99,24 +102,15 @@ def quality_of(logits: jax.Array, labels: jax.Array, metric: str) -> jax.Array:
     return jnp.exp(-jnp.take_along_axis(scores, labels[..., None], -1).mean())
 
 
+def divergence_of(logits: jax.Array, exact: jax.Array) -> jax.Array:
+    """Mean KL divergence of softmax(logits) from softmax(exact), in nats."""
+    scores, exact_scores = jax.nn.log_softmax(logits), jax.nn.log_softmax(exact)
+    return (jnp.exp(exact_scores) * (exact_scores - scores)).sum(-1).mean()
+
+
 def lost(quality: float, exact: float, metric: str) -> float:
     """Part of the float32 quality that is lost."""
     return (exact - quality) / exact if metric == "accuracy" else (quality - exact) / exact
-
-
-class Quality:
-    """The quality of models of one task; compiled once for each structure."""
-
-    def __init__(self, task: Task):
-        self._inputs, self._labels = jnp.asarray(task.inputs), jnp.asarray(task.labels)
-
-        def of(graph, params, inputs, labels):
-            return quality_of(task.logits(nnx.merge(graph, params), inputs), labels, task.metric)
-
-        self._of = jax.jit(of, static_argnums=0)
-
-    def __call__(self, model: nnx.Module) -> float:
-        return float(self._of(*nnx.split(model), self._inputs, self._labels))
 
 
 def variants(
@@ -136,17 +130,23 @@ def variants(
       original: whether to add the format of the paper.
       log: told what is skipped, and what goes on.
     """
-    quality = Quality(task)
+    inputs, labels = jnp.asarray(task.inputs), jnp.asarray(task.labels)
+    logits_of = jax.jit(lambda graph, params, x: task.logits(nnx.merge(graph, params), x), static_argnums=0)
+    exact_logits = logits_of(*nnx.split(task.model), inputs)
+
+    def score(logits):
+        return quality_of(logits, labels, task.metric), divergence_of(logits, exact_logits)
+
+    exact = float(score(exact_logits)[0])
     deployed = jax.jit(lambda graph, params, x: task.deployed(nnx.merge(graph, params), x), static_argnums=0)
     example = jnp.asarray(task.example)
-    exact = quality(task.model)
     result = []
 
-    def add(method, value, num_bytes, call, *, bitlayers=None, activations=""):
-        loss = lost(value, exact, task.metric)
+    def add(method, scores, num_bytes, call, *, bitlayers=None, activations=""):
+        value, divergence = map(float, scores)
         row = Row(
             task=task.name, method=method, activation_bits=activations, bitlayers=bitlayers, num_bytes=num_bytes,
-            metric=task.metric, quality=value, loss=loss,
+            metric=task.metric, quality=value, loss=lost(value, exact, task.metric), divergence=divergence,
         )  # fmt: skip
         result.append(Variant(row=row, call=call))
         log(f"{task.name}: {method} {activations} {bitlayers or ''} {task.metric} {value:.4g}")
@@ -155,9 +155,8 @@ def variants(
         if isinstance(model, str):
             log(f"{name} is left out: {model}")
             continue
-        value = exact if name == "float32" else quality(model)
         call = functools.partial(deployed, *nnx.split(model), example)
-        add(name, value, model_bytes(model), call)
+        add(name, score(logits_of(*nnx.split(model), inputs)), model_bytes(model), call)
 
     allocations = {}
     graph, params = nnx.split(task.model)
@@ -165,16 +164,16 @@ def variants(
         qparams = quantize(task, graph, params, width)
         logits = pbjax.quantized(lambda params, x: task.logits(nnx.merge(graph, params), x))
         run = jax.jit(pbjax.quantized(lambda params, x: task.deployed(nnx.merge(graph, params), x)))
-        inputs, labels = jnp.asarray(task.inputs), jnp.asarray(task.labels)
 
-        def measure(qparams, logits=logits, inputs=inputs, labels=labels):
-            return quality_of(logits(qparams, inputs), labels, task.metric)
+        def measure(qparams, logits=logits):
+            return score(logits(qparams, inputs))
 
-        for bitlayers, value in zip(BITLAYERS, pbjax.sweep(measure, qparams, batch_size=SWEEP_BATCH), strict=True):
+        curve = zip(*pbjax.sweep(measure, qparams, batch_size=SWEEP_BATCH), strict=True)
+        for bitlayers, scores in zip(BITLAYERS, curve, strict=True):
             call = functools.partial(run, pbjax.with_bitlayers(qparams, bitlayers), example)
             num_bytes = tree_bytes(pbjax.truncate(qparams, bitlayers))
             activations = activation_name(width)
-            add("uniform", float(value), num_bytes, call, bitlayers=float(bitlayers), activations=activations)
+            add("uniform", scores, num_bytes, call, bitlayers=float(bitlayers), activations=activations)
         for average in averages:
             if average not in allocations:
                 allocations[average] = pbjax.allocate(
@@ -182,18 +181,18 @@ def variants(
                 )
             allocation = allocations[average]
             allocated = pbjax.with_bitlayers(qparams, allocation.bitlayers)
-            value = jax.jit(measure)(allocated)
+            scores = jax.jit(measure)(allocated)
             num_bytes = tree_bytes(qparams) - weight_bytes(qparams) + allocation.nbytes
             call = functools.partial(run, allocated, example)
             activations = activation_name(width)
-            add("allocated", float(value), num_bytes, call, bitlayers=allocation.average, activations=activations)
+            add("allocated", scores, num_bytes, call, bitlayers=allocation.average, activations=activations)
 
     for bits in range(1, BITS) if original else ():
         for width in (8, None):
             model = replace_linears(task.model, functools.partial(OriginalLinear, bits=bits, activation_bits=width))
             num_bytes = original_bytes(task.model, bits)
-            activations = activation_name(width)
-            add("original", quality(model), num_bytes, None, bitlayers=bits + 1.0, activations=activations)
+            scores = score(logits_of(*nnx.split(model), inputs))
+            add("original", scores, num_bytes, None, bitlayers=bits + 1.0, activations=activation_name(width))
     return result, allocations
 
 

@@ -62,7 +62,13 @@ def batches(data: Data, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def trained(model: PairClassifier, data: Data, *, steps: int, seed: int, progress: bool) -> PairClassifier:
     """The model after it has learned the training pairs."""
     return train(
-        model, PairClassifier.__call__, batches(data, seed), steps=steps, learning_rate=1e-3, progress=progress
+        model,
+        PairClassifier.__call__,
+        batches(data, seed),
+        steps=steps,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        progress=progress,
     )
 
 

@@ -26,7 +26,7 @@ from options import activation_bits, positive
 from picture import draw
 from recurrent import CELLS, run_over, train, zero_carry
 
-TEST_ROWS = 32  # pieces that the test text is cut into
+TEST_ROWS, TEST_TOKENS = 32, 8192  # pieces that the test text is cut into, and how much of it is read
 TRAIN_ROWS, TRAIN_LENGTH = 64, 32
 WRITTEN = 32  # tokens that are written for a time
 
@@ -59,19 +59,27 @@ def batches(text: Text, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Random pieces of the training text, and the same one token later."""
     rng = np.random.default_rng(seed)
     while True:
-        starts = rng.integers(len(text.train) - TRAIN_LENGTH, size=TRAIN_ROWS)
+        starts = rng.integers(len(text.train) - TRAIN_LENGTH - 1, size=TRAIN_ROWS)
         pieces = text.train[starts[:, None] + np.arange(TRAIN_LENGTH + 1)]
         yield pieces[:, :-1], pieces[:, 1:]
 
 
 def trained(model: LanguageModel, text: Text, *, steps: int, seed: int, progress: bool) -> LanguageModel:
     """The model after it has learned the training text."""
-    return train(model, LanguageModel.__call__, batches(text, seed), steps=steps, learning_rate=2e-3, progress=progress)
+    return train(
+        model,
+        LanguageModel.__call__,
+        batches(text, seed),
+        steps=steps,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        progress=progress,
+    )
 
 
 def task_of(model: LanguageModel, text: Text, name: str) -> Task:
     """What is measured of a trained model."""
-    inputs, labels = language_data.rows(text.test, TEST_ROWS)
+    inputs, labels = language_data.rows(text.test[: TEST_TOKENS + 1], TEST_ROWS)
     return Task(
         name=name,
         metric="perplexity",

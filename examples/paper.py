@@ -37,8 +37,8 @@ from options import positive
 from paper_output import draw, markdown
 
 SEED = 0
-ACTIVATION_BITS = (8, 16, None)
-AVERAGES = (2.0, 2.5, 3.0, 3.5)  # bitlayers per weight that are allocated
+ACTIVATION_BITS = (16, 8, None)
+AVERAGES = (2.5, 3.0, 3.5)  # bitlayers per weight that are allocated
 
 Restore = Callable[[str, nnx.Module, Callable[[nnx.Module], nnx.Module]], nnx.Module]
 
@@ -136,7 +136,7 @@ def read_csv(path: Path) -> list[Row]:
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
     optional = {name: lambda text: float(text) if text else None for name in ("bitlayers", "ms", "speedup")}
-    kinds = {"num_bytes": int, "quality": float, "loss": float} | optional
+    kinds = {"num_bytes": int, "quality": float, "loss": float, "divergence": float} | optional
     names = [field.name for field in dataclasses.fields(Row)]
     return [Row(**{name: kinds.get(name, str)(line[name]) for name in names}) for line in lines]
 

@@ -47,12 +47,13 @@ def train(
     *,
     steps: int,
     learning_rate: float,
+    weight_decay: float,
     progress: bool,
 ) -> nnx.Module:
     """A model after `steps` steps of AdamW on batches of inputs and labels, with gradients clipped to a norm of 1."""
     graph, params = nnx.split(model)
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, max(steps // 20, 1), steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay))
     state = optimizer.init(params)
 
     def loss_of(params, inputs, labels):

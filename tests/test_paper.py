@@ -207,7 +207,7 @@ def test_paper(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nli, "TRAIN_PAIRS", 300)
     monkeypatch.setattr(nli, "TEST_PAIRS", 60)
     monkeypatch.setattr(paper, "AVERAGES", (3.5,))
-    monkeypatch.setattr(paper, "ACTIVATION_BITS", (8, 16))
+    monkeypatch.setattr(paper, "ACTIVATION_BITS", (16, 8))
     load = paper.language_data.load_topics
 
     def short(vocabulary):
