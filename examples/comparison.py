@@ -102,10 +102,9 @@ def quality_of(logits: jax.Array, labels: jax.Array, metric: str) -> jax.Array:
     return jnp.exp(-jnp.take_along_axis(scores, labels[..., None], -1).mean())
 
 
-def divergence_of(logits: jax.Array, exact: jax.Array) -> jax.Array:
-    """Mean KL divergence of softmax(logits) from softmax(exact), in nats."""
-    scores, exact_scores = jax.nn.log_softmax(logits), jax.nn.log_softmax(exact)
-    return (jnp.exp(exact_scores) * (exact_scores - scores)).sum(-1).mean()
+def divergence_of(logits: jax.Array, probabilities: jax.Array, log_probabilities: jax.Array) -> jax.Array:
+    """Mean KL divergence of softmax(logits) from given probabilities, in nats."""
+    return (probabilities * (log_probabilities - jax.nn.log_softmax(logits))).sum(-1).mean()
 
 
 def lost(quality: float, exact: float, metric: str) -> float:
@@ -133,11 +132,14 @@ def variants(
     inputs, labels = jnp.asarray(task.inputs), jnp.asarray(task.labels)
     logits_of = jax.jit(lambda graph, params, x: task.logits(nnx.merge(graph, params), x), static_argnums=0)
     exact_logits = logits_of(*nnx.split(task.model), inputs)
+    exact = float(quality_of(exact_logits, labels, task.metric))
+    # Both computed here: in a jitted function they would be constants, which XLA folds with patience.
+    probabilities, log_probabilities = jax.nn.softmax(exact_logits), jax.nn.log_softmax(exact_logits)
 
+    @jax.jit
     def score(logits):
-        return quality_of(logits, labels, task.metric), divergence_of(logits, exact_logits)
+        return quality_of(logits, labels, task.metric), divergence_of(logits, probabilities, log_probabilities)
 
-    exact = float(score(exact_logits)[0])
     deployed = jax.jit(lambda graph, params, x: task.deployed(nnx.merge(graph, params), x), static_argnums=0)
     example = jnp.asarray(task.example)
     result = []
@@ -168,6 +170,7 @@ def variants(
         def measure(qparams, logits=logits):
             return score(logits(qparams, inputs))
 
+        measure_one = jax.jit(measure)
         curve = zip(*pbjax.sweep(measure, qparams, batch_size=SWEEP_BATCH), strict=True)
         for bitlayers, scores in zip(BITLAYERS, curve, strict=True):
             call = functools.partial(run, pbjax.with_bitlayers(qparams, bitlayers), example)
@@ -181,7 +184,7 @@ def variants(
                 )
             allocation = allocations[average]
             allocated = pbjax.with_bitlayers(qparams, allocation.bitlayers)
-            scores = jax.jit(measure)(allocated)
+            scores = measure_one(allocated)
             num_bytes = tree_bytes(qparams) - weight_bytes(qparams) + allocation.nbytes
             call = functools.partial(run, allocated, example)
             activations = activation_name(width)

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-# qwix calls a method of Flax that is to be a function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*iter_modules:DeprecationWarning")
+# qwix uses what Flax has replaced.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*iter_modules:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:'.value' access:DeprecationWarning"),
+]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
