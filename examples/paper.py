@@ -108,7 +108,8 @@ def restored(directory: Path | None, name: str, model: nnx.Module, trained: Call
         return model
     graph, params = nnx.split(model)
     with np.load(path) as file:
-        return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), [file[key] for key in file]))
+        leaves = [jax.numpy.asarray(file[key]) for key in file]
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves))
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -14,11 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-# qwix uses what Flax has replaced.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*iter_modules:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:'.value' access:DeprecationWarning"),
-]
+# qwix, where it is installed, uses what Flax has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(qwix|flax).*")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
