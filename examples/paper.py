@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             task, ACTIVATION_BITS, averages=AVERAGES, original=True, log=print if args.progress else lambda _: None
         )
         for allocation in allocations.values():
-            console.print(allocation)
+            print(allocation)
         rows += comparison.timed(task, variants, max_seconds=args.max_seconds)
         console.print(comparison.make_table([row for row in rows if row.task == task.name], task.name, task.unit))
     if args.csv:
