@@ -132,7 +132,6 @@ def variants(
     inputs, labels = jnp.asarray(task.inputs), jnp.asarray(task.labels)
     logits_of = jax.jit(lambda graph, params, x: task.logits(nnx.merge(graph, params), x), static_argnums=0)
     exact_logits = logits_of(*nnx.split(task.model), inputs)
-    exact = float(quality_of(exact_logits, labels, task.metric))
     # Both computed here: in a jitted function they would be constants, which XLA folds with patience.
     probabilities, log_probabilities = jax.nn.softmax(exact_logits), jax.nn.log_softmax(exact_logits)
 
@@ -140,6 +139,7 @@ def variants(
     def score(logits):
         return quality_of(logits, labels, task.metric), divergence_of(logits, probabilities, log_probabilities)
 
+    exact = float(score(exact_logits)[0])
     deployed = jax.jit(lambda graph, params, x: task.deployed(nnx.merge(graph, params), x), static_argnums=0)
     example = jnp.asarray(task.example)
     result = []

@@ -39,7 +39,7 @@ def test_language_model(tmp_path, capsys):
     rows = module("language_model").main([*options, "--steps", "60", "--no-progress", "--output", str(picture)])
     check_rows(rows)
     assert rows[0].quality < 20  # of 64
-    assert rows[-1].quality < 1.02 * rows[0].quality < rows[-8].quality
+    assert rows[-1].quality < 1.02 * rows[0].quality
     captured = capsys.readouterr().out
     assert "LSTM-32 language model, text.txt" in captured
     assert "tokens of text.txt" in captured
@@ -48,15 +48,15 @@ def test_language_model(tmp_path, capsys):
 
 def test_inference(tmp_path, monkeypatch, capsys):
     example = module("inference_nli")
-    monkeypatch.setattr(example, "TRAIN_PAIRS", 300)
-    monkeypatch.setattr(example, "TEST_PAIRS", 60)
+    monkeypatch.setattr(example, "TRAIN_PAIRS", 1500)
+    monkeypatch.setattr(example, "TEST_PAIRS", 300)
     picture = tmp_path / "picture.png"
-    options = ["--hidden", "64", "--width", "32", "--steps", "80", "--activation-bits", "8", "--cell", "gru"]
+    options = ["--hidden", "64", "--width", "32", "--steps", "200", "--activation-bits", "8", "--cell", "gru"]
     rows = example.main([*options, "--output", str(picture)])
     check_rows(rows)
-    assert rows[0].quality > 0.4  # of three labels
+    assert rows[0].quality > 0.45  # of three labels
     captured = capsys.readouterr()
-    assert "300 pairs of a small grammar" in captured.out
+    assert "1,500 pairs of a small grammar" in captured.out
     assert "100%" in captured.err
     assert matplotlib.image.imread(picture).std() > 0.05
 
