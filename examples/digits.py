@@ -25,6 +25,7 @@ from benchmarks.timing import interleaved
 from digits_data import Data, load_digits, load_mnist
 from digits_output import Row, draw, make_table
 from flax import linen as nn
+from options import activation_bits, positive
 
 import pbjax
 
@@ -173,22 +174,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     draw(rows, title, args.output)
     print(f"wrote {args.output}")
     return rows
-
-
-def positive(text: str) -> int:
-    """The type of options that count something."""
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a positive integer, but got {text!r}")
-    return int(text)
-
-
-def activation_bits(text: str) -> int | None:
-    """The type of `--activation-bits`."""
-    if text == "none":
-        return None
-    if not (text.isdigit() and 2 <= int(text) <= 24):
-        raise argparse.ArgumentTypeError(f"must lie in 2..24 or be none, but got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

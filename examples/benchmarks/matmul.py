@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import functools
 import itertools
-import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import rich.console
 import rich.progress
 import rich.table
-from timing import interleaved
+from timing import cpu_model, interleaved
 
 import pbjax
 
@@ -154,13 +153,6 @@ def measure(args: argparse.Namespace) -> Iterator[list[Row]]:
             )
             for case in functions
         ]
-
-
-def cpu_model() -> str:
-    """The model name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return match.group(1) if match else platform.processor() or platform.machine()
 
 
 def make_table(rows: Sequence[Row]) -> rich.table.Table:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import re
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -58,3 +61,10 @@ def interleaved(
 def _summarize(times: list[float]) -> Times:
     p20, median, p80 = (float(value) for value in np.percentile(times, (20, 50, 80)))
     return Times(median_us=median, p20_us=p20, p80_us=p80, repeats=len(times))
+
+
+def cpu_model() -> str:
+    """The model name of the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return match.group(1) if match else platform.processor() or platform.machine()

@@ -1,0 +1,265 @@
+"""A trained model on bitlayers beside its baselines: quality, bytes and time, as rows of data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.table
+from baselines import OriginalLinear, baselines, model_bytes, original_bytes, replace_linears
+from benchmarks.timing import interleaved
+from flax import nnx
+
+import pbjax
+
+BITS = 8
+BITLAYERS = range(1, BITS + 1)
+SWEEP_BATCH = 4  # numbers of bitlayers evaluated together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A trained model and what is asked of it.
+
+    Attributes:
+      name: for tables.
+      metric: "accuracy" (higher is better) or "perplexity" (lower is better).
+      model: in float32.
+      logits: logits(model, inputs) -> float[..., classes], of many inputs at once.
+      inputs, labels: for testing.
+      calibration: inputs of training, for `pbjax.allocate`.
+      deployed: deployed(model, example): the model as it is used, on one example.
+      example: one example.
+      unit: what `deployed` is timed for; `units` of these are in the example.
+    """
+
+    name: str
+    metric: str
+    model: nnx.Module
+    logits: Callable[[Any, jax.Array], jax.Array]
+    inputs: np.ndarray
+    labels: np.ndarray
+    calibration: np.ndarray
+    deployed: Callable[[Any, jax.Array], jax.Array]
+    example: np.ndarray
+    unit: str
+    units: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way of running a model, and what it gave.
+
+    Attributes:
+      task: name of the task.
+      method: "float32", another baseline, "uniform", "allocated", or "original", the format of the paper.
+      activation_bits: of fixed-point activations, "float", or "" for baselines, which choose themselves.
+      bitlayers: per weight on average, or None for baselines; those stored, for the original's format.
+      num_bytes: of all parameters, with the bitlayers in use only.
+      metric: name of the quality.
+      quality: on the test data.
+      loss: part of the float32 quality that is lost; negative where it is better than float32.
+      divergence: mean Kullback-Leibler divergence of its probabilities from those of float32 on the test data, in nats:
+        it tells apart what no test example does.
+      ms: median milliseconds for one unit of the example, or None where it was not timed.
+      speedup: over float32 in the same turns.
+    """
+
+    task: str
+    method: str
+    activation_bits: str
+    bitlayers: float | None
+    num_bytes: int
+    metric: str
+    quality: float
+    loss: float
+    divergence: float
+    ms: float | None = None
+    speedup: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row to be, and the function that is timed for it."""
+
+    row: Row
+    call: Callable[[], jax.Array] | None
+
+
+def activation_name(activation_bits: int | None) -> str:
+    return "float" if activation_bits is None else str(activation_bits)
+
+
+def quality_of(logits: jax.Array, labels: jax.Array, metric: str) -> jax.Array:
+    if metric == "accuracy":
+        return (logits.argmax(-1) == labels).mean()
+    scores = jax.nn.log_softmax(logits)
+    return jnp.exp(-jnp.take_along_axis(scores, labels[..., None], -1).mean())
+
+
+def divergence_of(logits: jax.Array, probabilities: jax.Array, log_probabilities: jax.Array) -> jax.Array:
+    """Mean KL divergence of softmax(logits) from given probabilities, in nats."""
+    return (probabilities * (log_probabilities - jax.nn.log_softmax(logits))).sum(-1).mean()
+
+
+def lost(quality: float, exact: float, metric: str) -> float:
+    """Part of the float32 quality that is lost."""
+    return (exact - quality) / exact if metric == "accuracy" else (quality - exact) / exact
+
+
+def variants(
+    task: Task,
+    activation_bits: Sequence[int | None] = (16,),
+    *,
+    averages: Sequence[float] = (),
+    original: bool = False,
+    log: Callable[[str], None] = lambda message: None,
+) -> tuple[list[Variant], dict[float, pbjax.Allocation]]:
+    """All ways of running the model of a task with their qualities, float32 first, and what was allocated.
+
+    Args:
+      task: the trained model.
+      activation_bits: widths of activations of bitlayers.
+      averages: bitlayers per weight to allocate.
+      original: whether to add the format of the paper.
+      log: told what is skipped, and what goes on.
+    """
+    inputs, labels = jnp.asarray(task.inputs), jnp.asarray(task.labels)
+    logits_of = jax.jit(lambda graph, params, x: task.logits(nnx.merge(graph, params), x), static_argnums=0)
+    exact_logits = logits_of(*nnx.split(task.model), inputs)
+    # Both computed here: in a jitted function they would be constants, which XLA folds with patience.
+    probabilities, log_probabilities = jax.nn.softmax(exact_logits), jax.nn.log_softmax(exact_logits)
+
+    @jax.jit
+    def score(logits):
+        return quality_of(logits, labels, task.metric), divergence_of(logits, probabilities, log_probabilities)
+
+    exact = float(score(exact_logits)[0])
+    deployed = jax.jit(lambda graph, params, x: task.deployed(nnx.merge(graph, params), x), static_argnums=0)
+    example = jnp.asarray(task.example)
+    result = []
+
+    def add(method, scores, num_bytes, call, *, bitlayers=None, activations=""):
+        value, divergence = map(float, scores)
+        row = Row(
+            task=task.name, method=method, activation_bits=activations, bitlayers=bitlayers, num_bytes=num_bytes,
+            metric=task.metric, quality=value, loss=lost(value, exact, task.metric), divergence=divergence,
+        )  # fmt: skip
+        result.append(Variant(row=row, call=call))
+        log(f"{task.name}: {method} {activations} {bitlayers or ''} {task.metric} {value:.4g}")
+
+    for name, model in baselines(task.model).items():
+        if isinstance(model, str):
+            log(f"{name} is left out: {model}")
+            continue
+        call = functools.partial(deployed, *nnx.split(model), example)
+        add(name, score(logits_of(*nnx.split(model), inputs)), model_bytes(model), call)
+
+    allocations = {}
+    graph, params = nnx.split(task.model)
+    for width in activation_bits:
+        qparams = quantize(task, graph, params, width)
+        logits = pbjax.quantized(lambda params, x: task.logits(nnx.merge(graph, params), x))
+        run = jax.jit(pbjax.quantized(lambda params, x: task.deployed(nnx.merge(graph, params), x)))
+
+        def measure(qparams, logits=logits):
+            return score(logits(qparams, inputs))
+
+        measure_one = jax.jit(measure)
+        curve = zip(*pbjax.sweep(measure, qparams, batch_size=SWEEP_BATCH), strict=True)
+        for bitlayers, scores in zip(BITLAYERS, curve, strict=True):
+            call = functools.partial(run, pbjax.with_bitlayers(qparams, bitlayers), example)
+            num_bytes = tree_bytes(pbjax.truncate(qparams, bitlayers))
+            activations = activation_name(width)
+            add("uniform", scores, num_bytes, call, bitlayers=float(bitlayers), activations=activations)
+        for average in averages:
+            if average not in allocations:
+                allocations[average] = pbjax.allocate(
+                    logits, qparams, jnp.asarray(task.calibration), average=average, metric="kl", progress=False
+                )
+            allocation = allocations[average]
+            allocated = pbjax.with_bitlayers(qparams, allocation.bitlayers)
+            scores = measure_one(allocated)
+            num_bytes = tree_bytes(qparams) - weight_bytes(qparams) + allocation.nbytes
+            call = functools.partial(run, allocated, example)
+            activations = activation_name(width)
+            add("allocated", scores, num_bytes, call, bitlayers=allocation.average, activations=activations)
+
+    for bits in range(1, BITS) if original else ():
+        for width in (8, None):
+            model = replace_linears(task.model, functools.partial(OriginalLinear, bits=bits, activation_bits=width))
+            num_bytes = original_bytes(task.model, bits)
+            scores = score(logits_of(*nnx.split(model), inputs))
+            add("original", scores, num_bytes, None, bitlayers=bits + 1.0, activations=activation_name(width))
+    return result, allocations
+
+
+def quantize(task: Task, graph: Any, params: Any, activation_bits: int | None) -> Any:
+    """The parameters of a model with 8 bitlayers; tables that are only looked up stay as they are."""
+    return pbjax.quantize(
+        params,
+        BITS,
+        fn=lambda params, x: task.logits(nnx.merge(graph, params), x),
+        args=(task.inputs,),
+        activation_bits=activation_bits,
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all parameters; those of a BitTensor are its bitlayers and scales."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, pbjax.BitTensor)))
+
+
+def weight_bytes(tree: Any) -> int:
+    """Bytes of all BitTensors."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, pbjax.BitTensor))
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, pbjax.BitTensor))
+
+
+def timed(task: Task, variants: Sequence[Variant], *, repeats: int = 30, max_seconds: float = 30) -> list[Row]:
+    """The rows of variants with their times, all in turn; those that have no function keep none."""
+    functions = {i: variant.call for i, variant in enumerate(variants) if variant.call is not None}
+    times = interleaved(functions, repeats=repeats, max_seconds=max_seconds)
+    rows = []
+    for i, variant in enumerate(variants):
+        if i not in times:
+            rows.append(variant.row)
+            continue
+        median = times[i].median_us
+        speedup = times[0].median_us / median
+        rows.append(dataclasses.replace(variant.row, ms=median / 1000 / task.units, speedup=speedup))
+    return rows
+
+
+def make_table(rows: Sequence[Row], title: str, unit: str) -> rich.table.Table:
+    """The rows as a table for the terminal."""
+    table = rich.table.Table(title=title, caption=f"quality on the test data, median time for one {unit}")
+    for name in ("", "activations", "bitlayers", "bytes", rows[0].metric, "lost", "ms", "speed-up"):
+        table.add_column(name, justify="right")
+    for i, row in enumerate(rows):
+        if (
+            i
+            and row.bitlayers
+            and (row.method, row.activation_bits) != (rows[i - 1].method, rows[i - 1].activation_bits)
+        ):
+            table.add_section()
+        table.add_row(
+            row.method,
+            row.activation_bits,
+            "" if row.bitlayers is None else f"{row.bitlayers:.3g}",
+            f"{row.num_bytes:,}",
+            quality_text(row),
+            f"{row.loss:.2%}",
+            "" if row.ms is None else f"{row.ms:.3f}",
+            "" if row.speedup is None else f"{row.speedup:.1f}x",
+        )
+    return table
+
+
+def quality_text(row: Row) -> str:
+    return f"{row.quality:.2%}" if row.metric == "accuracy" else f"{row.quality:.2f}"

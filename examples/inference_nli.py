@@ -1,0 +1,139 @@
+"""Natural language inference at every precision from 1 to 8 bits, from one stored model.
+
+Does one sentence follow from another, contradict it, or neither? An LSTM (or a GRU, or a plain recurrent network) reads
+both, and an MLP compares what it made of them. It is trained in float32 on sentences of a small grammar with
+quantifiers, negation and kinds of things, whose labels logic decides, and tested on combinations of words that it has
+not seen. Then it is quantized once to 8 bitlayers and measured with 1, 2, .., 8 of them, beside float32, bfloat16, int8
+and int4: a table and a picture. --snli reads the corpus of the PrecisionBatching paper, --paper takes its width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import comparison
+import jax
+import jax.numpy as jnp
+import nli_data
+import numpy as np
+import rich.console
+from comparison import Row, Task
+from flax import nnx
+from nli_data import Data
+from options import activation_bits, positive
+from picture import draw
+from recurrent import CELLS, run_over, train
+
+TRAIN_PAIRS, TEST_PAIRS = 20_000, 2_000  # of the grammar
+TRAIN_BATCH = 128
+
+
+class PairClassifier(nnx.Module):
+    """Entailment, neutral or contradiction; knows nothing of bitlayers."""
+
+    def __init__(self, num_words: int, embedding: int, hidden: int, width: int, cell: str, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(num_words, embedding, rngs=rngs)
+        self.cell = CELLS[cell](embedding, hidden, rngs=rngs)
+        self.compare = nnx.Linear(4 * hidden, width, rngs=rngs)
+        self.decide = nnx.Linear(width, len(nli_data.LABELS), rngs=rngs)
+
+    def read(self, sentences: jax.Array) -> jax.Array:
+        """What is left of each sentence after its last word: int[rows, length] -> float[rows, hidden]."""
+        return run_over(self.cell, self.embed(sentences), sentences != nli_data.PADDING)[:, -1]
+
+    def __call__(self, pairs: jax.Array) -> jax.Array:
+        """Logits of the three labels: int[rows, 2, length] -> float[rows, 3]."""
+        u, v = self.read(pairs[:, 0]), self.read(pairs[:, 1])
+        both = jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=-1)
+        return self.decide(nnx.relu(self.compare(both)))
+
+
+def batches(data: Data, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random training pairs and their labels."""
+    rng = np.random.default_rng(seed)
+    while True:
+        rows = rng.integers(len(data.train_labels), size=TRAIN_BATCH)
+        yield data.train_sentences[rows], data.train_labels[rows]
+
+
+def trained(model: PairClassifier, data: Data, *, steps: int, seed: int, progress: bool) -> PairClassifier:
+    """The model after it has learned the training pairs."""
+    return train(
+        model,
+        PairClassifier.__call__,
+        batches(data, seed),
+        steps=steps,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        progress=progress,
+    )
+
+
+def task_of(model: PairClassifier, data: Data, name: str) -> Task:
+    """What is measured of a trained model."""
+    return Task(
+        name=name,
+        metric="accuracy",
+        model=model,
+        logits=PairClassifier.__call__,
+        inputs=data.test_sentences,
+        labels=data.test_labels,
+        calibration=data.train_sentences[:256],
+        deployed=PairClassifier.__call__,
+        example=data.test_sentences[:1],
+        unit="pair of sentences",
+        units=1,
+    )
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Data]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--snli", type=Path, metavar="DIR", help="read snli_1.0_train.jsonl and snli_1.0_test.jsonl in DIR")
+    add("--cell", choices=CELLS, default="lstm", help="kind of recurrent layer (default: %(default)s)")
+    add("--hidden", type=positive, default=1536, help="width of the recurrent layer (default: %(default)s)")
+    add("--width", type=positive, default=1024, help="width of the hidden layer of the MLP (default: %(default)s)")
+    add("--embedding", type=positive, default=64, help="width of the embedding (default: %(default)s)")
+    add("--paper", action="store_true", help="the paper's widths: 3072, embedding 300; takes minutes more")
+    add("--steps", type=positive, default=300, help=f"training steps of {TRAIN_BATCH} pairs (default: %(default)s)")
+    add("--activation-bits", type=activation_bits, default=16, metavar="A",
+        help="width of the fixed-point activations, 2..24, or none for float ones (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the initial weights, the pairs and the batches (default: %(default)s)")
+    add("--output", type=Path, default=Path("inference_nli.png"), help="the picture (default: %(default)s)")
+    add("--no-progress", dest="progress", action="store_false", help="show no progress bar")
+    args = parser.parse_args(argv)
+    if args.paper:
+        args.hidden, args.width, args.embedding = 3072, 3072, 300
+    try:
+        if args.snli is not None:
+            return args, nli_data.load_snli(args.snli)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return args, nli_data.load_grammar(TRAIN_PAIRS, TEST_PAIRS, args.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Runs the example with command line arguments, and returns the rows of its table."""
+    args, data = parse(argv)
+    start = time.perf_counter()
+    rngs = nnx.Rngs(args.seed)
+    model = PairClassifier(len(data.words), args.embedding, args.hidden, args.width, args.cell, rngs)
+    model = trained(model, data, steps=args.steps, seed=args.seed, progress=args.progress)
+    task = task_of(model, data, f"{args.cell.upper()}-{args.hidden} inference")
+    print(f"trained on {len(data.train_labels):,} {data.name} in {time.perf_counter() - start:.0f} s")
+    variants, _ = comparison.variants(task, (args.activation_bits,), log=print if args.progress else lambda _: None)
+    rows = comparison.timed(task, variants)
+    title = f"{task.name}, {data.name}"
+    rich.console.Console().print(comparison.make_table(rows, title, task.unit))
+    draw(rows, title, args.output)
+    print(f"wrote {args.output}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The evaluation of the PrecisionBatching paper, rebuilt: three tasks, one table, one figure.
+
+Trains the models of `digits.py`, `language_model.py` and `inference_nli.py`, and measures of each how good it is, how
+many bytes it takes and how fast it answers one request: with 1, 2, .., 8 bitlayers in all layers, with numbers that
+`pbjax.allocate` chose, with 8-bit, 16-bit and float activations, beside float32, bfloat16, int8 and int4, and beside
+the number format of the paper (its numbers are computed, its speed is not). Takes some ten minutes on two cores.
+
+    .venv/bin/python examples/paper.py --output paper.png --csv paper.csv --markdown paper.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import comparison
+import digits
+import inference_nli
+import jax
+import language_data
+import language_model
+import nli_data
+import numpy as np
+import rich.console
+from benchmarks.timing import cpu_model
+from comparison import Row, Task
+from digits_data import load_digits
+from flax import nnx
+from inference_nli import PairClassifier
+from language_model import LanguageModel
+from options import positive
+from paper_output import draw, markdown
+
+SEED = 0
+ACTIVATION_BITS = (16, 8, None)
+AVERAGES = (2.5, 3.0, 3.5)  # bitlayers per weight that are allocated
+
+Restore = Callable[[str, nnx.Module, Callable[[nnx.Module], nnx.Module]], nnx.Module]
+
+
+def digits_task(args: argparse.Namespace, restore: Restore) -> Task:
+    """The MLP of `digits.py`, as the NNX module that the other two are."""
+    data, hidden = load_digits(SEED), args.hidden or 4096
+
+    def trained(model):
+        params = digits.train(digits.MLP(hidden), data, steps=args.steps or 150, seed=SEED, progress=args.progress)[
+            "params"
+        ]
+        for i, layer in enumerate(model.layers[::2]):
+            layer.kernel[...], layer.bias[...] = params[f"Dense_{i}"]["kernel"], params[f"Dense_{i}"]["bias"]
+        return model
+
+    rngs = nnx.Rngs(SEED)
+    first, second = nnx.Linear(data.test_images.shape[1], hidden, rngs=rngs), nnx.Linear(hidden, hidden, rngs=rngs)
+    model = nnx.Sequential(first, nnx.relu, second, nnx.relu, nnx.Linear(hidden, 10, rngs=rngs))
+    return Task(
+        name=f"digits, MLP-{hidden}",
+        metric="accuracy",
+        model=restore("digits", model, trained),
+        logits=nnx.Sequential.__call__,
+        inputs=data.test_images,
+        labels=data.test_labels,
+        calibration=data.train_images[:256],
+        deployed=nnx.Sequential.__call__,
+        example=data.test_images[:1],
+        unit="image",
+        units=1,
+    )
+
+
+def language_task(args: argparse.Namespace, restore: Restore) -> Task:
+    text, hidden = language_data.load_topics(1024), args.hidden or 1536
+    model = LanguageModel(len(text.tokens), 128, hidden, "lstm", nnx.Rngs(SEED))
+
+    def trained(model):
+        return language_model.trained(model, text, steps=args.steps or 200, seed=SEED, progress=args.progress)
+
+    return language_model.task_of(restore("language", model, trained), text, f"language, LSTM-{hidden}")
+
+
+def inference_task(args: argparse.Namespace, restore: Restore) -> Task:
+    data = nli_data.load_grammar(inference_nli.TRAIN_PAIRS, inference_nli.TEST_PAIRS, SEED)
+    hidden = args.hidden or 1536
+    model = PairClassifier(len(data.words), 64, hidden, args.hidden or 1024, "lstm", nnx.Rngs(SEED))
+
+    def trained(model):
+        return inference_nli.trained(model, data, steps=args.steps or 300, seed=SEED, progress=args.progress)
+
+    return inference_nli.task_of(restore("inference", model, trained), data, f"inference, LSTM-{hidden}")
+
+
+TASKS = {"digits": digits_task, "language": language_task, "inference": inference_task}
+
+
+def restored(directory: Path | None, name: str, model: nnx.Module, trained: Callable) -> nnx.Module:
+    """A model with the weights of a file, or, where there is none, trained and its weights written there."""
+    path = None if directory is None else directory / f"{name}.npz"
+    if path is None or not path.exists():
+        model = trained(model)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, *map(np.asarray, jax.tree.leaves(nnx.state(model))))
+        return model
+    graph, params = nnx.split(model)
+    with np.load(path) as file:
+        leaves = [jax.numpy.asarray(file[key]) for key in file]
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves))
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Rows as data, with what they were measured on."""
+    where = dict(
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        cpu=cpu_model(),
+        threads=os.cpu_count(),
+        jax=jax.__version__,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*where, *(field.name for field in dataclasses.fields(Row))])
+        writer.writeheader()
+        for row in rows:
+            values = {
+                name: f"{value:.5g}" if isinstance(value, float) else value
+                for name, value in dataclasses.asdict(row).items()
+            }
+            writer.writerow(where | values)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a file that `write_csv` made."""
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    optional = {name: lambda text: float(text) if text else None for name in ("bitlayers", "ms", "speedup")}
+    kinds = {"num_bytes": int, "quality": float, "loss": float, "divergence": float} | optional
+    names = [field.name for field in dataclasses.fields(Row)]
+    return [Row(**{name: kinds.get(name, str)(line[name]) for name in names}) for line in lines]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which of them (default: all)")
+    add("--output", type=Path, default=Path("paper.png"), help="the figure (default: %(default)s)")
+    add("--csv", type=Path, metavar="FILE", help="where all rows go as data, if anywhere")
+    add("--markdown", type=Path, metavar="FILE", help="where the short table of the README goes, if anywhere")
+    add("--weights", type=Path, metavar="DIR", help="keep the trained weights here, and take them from here")
+    add("--draw", type=Path, metavar="CSV", help="measure nothing: draw the rows of such a file")
+    add("--hidden", type=positive, help="width of all hidden layers, instead of 4096, 1536 and 1536")
+    add("--steps", type=positive, help="training steps of each task, instead of 150, 200 and 300")
+    add("--max-seconds", type=float, default=60, help="of timing for each task (default: %(default)s)")
+    add("--no-progress", dest="progress", action="store_false", help="show no progress")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Runs the evaluation with command line arguments, and returns its rows."""
+    args = parse(argv)
+    console = rich.console.Console()
+    rows = read_csv(args.draw) if args.draw else []
+    for name in () if args.draw else args.tasks:
+        task = TASKS[name](args, lambda *rest: restored(args.weights, *rest))
+        variants, allocations = comparison.variants(
+            task, ACTIVATION_BITS, averages=AVERAGES, original=True, log=print if args.progress else lambda _: None
+        )
+        for allocation in allocations.values():
+            print(allocation)
+        rows += comparison.timed(task, variants, max_seconds=args.max_seconds)
+        console.print(comparison.make_table([row for row in rows if row.task == task.name], task.name, task.unit))
+    if args.csv:
+        write_csv(rows, args.csv)
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    draw(rows, args.output)
+    print(f"wrote {args.output}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
