@@ -200,12 +200,12 @@ def test_packed_is_the_definition():
 
 
 TestTrees = Trees.TestCase
-TestTrees.settings = hypothesis.settings(max_examples=12, stateful_step_count=15)
+TestTrees.settings = hypothesis.settings(max_examples=30, stateful_step_count=20)
 
 
 def run_on_mesh():
     """Fewer sequences, for a process with several devices."""
     settings = hypothesis.settings(
-        max_examples=4, stateful_step_count=12, deadline=None, derandomize=True, database=None
+        max_examples=10, stateful_step_count=15, deadline=None, derandomize=True, database=None
     )
     stateful.run_state_machine_as_test(Trees, settings=settings)
