@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+import tempfile
 
 import hypothesis
 import jax
@@ -16,7 +18,9 @@ import pbjax
 from tests import oracle
 
 K, N, STACK = 40, 8, 2  # few shapes: each is a compilation
-WEIGHTS = {name: np.random.default_rng(i).standard_normal((STACK, K, N)) for i, name in enumerate("abc")}
+WEIGHTS = {name: np.random.default_rng(i).integers(-1023, 1024, (STACK, K, N)) / 1024 for i, name in enumerate("abc")}
+for weight in WEIGHTS.values():
+    weight[:, 0], weight[:, 39] = 1, -1  # the largest of each group: in float32 w / s is exact, and so are the codes
 X = np.random.default_rng(9).standard_normal((2, K)).astype(np.float32)
 WIDTHS = st.sampled_from((1, 3, 6, 12))
 
@@ -102,6 +106,18 @@ class Trees(stateful.RuleBasedStateMachine):
     @stateful.rule(bits=WIDTHS)
     def truncate(self, bits):
         self.tree = pbjax.truncate(self.tree, bits)
+        self.drop(bits)
+
+    @stateful.rule(bits=st.none() | WIDTHS, max_shard_bytes=st.sampled_from((None, 2000)))
+    def save_and_load(self, bits, max_shard_bytes):
+        """All bitlayers or the first, from one file or several."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "tree.safetensors")
+            pbjax.save(path, self.tree, max_shard_bytes=max_shard_bytes)
+            self.tree = pbjax.load(path, bits=bits)
+        self.drop(bits or 16)
+
+    def drop(self, bits):
         for model in self.models.values():
             if model.bits > bits:
                 model.codes, model.bits = model.codes >> (model.bits - bits), bits
@@ -184,12 +200,12 @@ def test_packed_is_the_definition():
 
 
 TestTrees = Trees.TestCase
-TestTrees.settings = hypothesis.settings(max_examples=12, stateful_step_count=15)
+TestTrees.settings = hypothesis.settings(max_examples=30, stateful_step_count=20)
 
 
 def run_on_mesh():
     """Fewer sequences, for a process with several devices."""
     settings = hypothesis.settings(
-        max_examples=5, stateful_step_count=12, deadline=None, derandomize=True, database=None
+        max_examples=10, stateful_step_count=15, deadline=None, derandomize=True, database=None
     )
     stateful.run_state_machine_as_test(Trees, settings=settings)
