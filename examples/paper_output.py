@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.figure
+import matplotlib.ticker
 from comparison import Row, quality_text
 
 import pbjax.plot
@@ -43,7 +44,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for line, (axes, x_of, x_label) in enumerate(
             (
                 (grid[0][column], lambda row: row.num_bytes / 1e6, "megabytes of all parameters"),
-                (grid[1][column], lambda row: row.ms, "milliseconds, one request at a time"),
+                (grid[1][column], lambda row: row.ms, "milliseconds for one image, token or pair"),
             )
         ):
             for (method, activations), (label, look) in LINES.items():
@@ -62,6 +63,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             within = factor * exact.quality * (1 + sign * 0.01)
             axes.axhspan(within, factor * exact.quality, color=COLORS[4], alpha=0.25, label="within 1 % of float32")
             axes.set(xscale="log", xlabel=x_label, ylim=ends)
+            axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
             axes.set_title(task if line == 0 else "", loc="left", fontweight="bold")
             axes.set_ylabel(unit)
             pbjax.plot.tidy(axes, grid="both")
@@ -92,7 +96,10 @@ def markdown(rows: Sequence[Row]) -> str:
     baselines = dict.fromkeys(row.method for row in rows if row.bitlayers is None)
     lines += [line(method, "", [pick(task, method, "", None) for task in tasks]) for method in baselines]
     lines += [line(str(b), a, [pick(task, method, a, b) for task in tasks]) for method, a, b in README]
-    allocated = {task: [row for row in of[task] if row.method == "allocated"] for task in tasks}
+    allocated = {
+        task: [row for row in of[task] if row.method == "allocated" and row.activation_bits != "float"]
+        for task in tasks
+    }
     for place in range(max(map(len, allocated.values()), default=0)):
         cells = [allocated[task][place] if place < len(allocated[task]) else None for task in tasks]
         first = next(row for row in cells if row is not None)
