@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from pallas_kernels.bit_matmul import contract
 from pbjax import _checks, _sweep
 from pbjax._allocation import Allocation
 from pbjax._search import Search
@@ -126,8 +128,9 @@ def _choices(layers: list[Layer], bitlayers: Iterable[int] | None) -> list[list[
         return [list(range(1, layer.bits + 1)) for layer in layers]
     if not isinstance(bitlayers, Iterable):
         raise TypeError(f"`bitlayers` must be the numbers to choose from, but got {bitlayers!r} ({_WHERE}).")
-    most = max(layer.bits for layer in layers)
-    numbers = sorted({_checks.integer("bitlayers", b, 1, most, _WHERE) for b in bitlayers})
+    numbers = sorted(
+        {_checks.integer("bitlayers", b, 1, contract.MAX_BITS, _WHERE) for b in np.asarray(list(bitlayers))}
+    )
     choices = [[b for b in numbers if b <= layer.bits] for layer in layers]
     for layer, allowed in zip(layers, choices, strict=True):
         if not allowed:
@@ -140,6 +143,8 @@ def _choices(layers: list[Layer], bitlayers: Iterable[int] | None) -> list[list[
 
 def _batches(batch: Any) -> list[Any]:
     """One or several batches as a list of them."""
+    if isinstance(batch, Mapping) and jax.tree_util.all_leaves([batch]):
+        raise TypeError(f"`batch` must be a pytree, but got {type(batch).__name__} ({_WHERE}). Make a dict of it.")
     is_several = isinstance(batch, list) or (
         isinstance(batch, Iterable) and jax.tree_util.all_leaves([batch]) and not hasattr(batch, "dtype")
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.table
+import rich.text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,9 @@ class Allocation:
       measured_error: the error of the whole function with this allocation.
       metric: name of the error.
       uniform: the same number of bitlayers everywhere, measured, for comparison.
+
+    `pbjax.with_bitlayers(qparams, allocation.bitlayers)` reads these bitlayers only; to store no others,
+    `pbjax.truncate(qparams, allocation.bitlayers)`.
     """
 
     rows: tuple[AllocationRow, ...]
@@ -113,7 +117,7 @@ class Allocation:
             table.add_column(f"{self.metric} {b}", justify="right")
         for row in self.rows:
             table.add_row(
-                row.name,
+                rich.text.Text(row.name),  # as it is: text may look like markup
                 "x".join(map(str, row.shape)),
                 str(row.bits),
                 str(row.bitlayers),

@@ -250,7 +250,8 @@ def _numbers_per_leaf(bitlayers: Any, names: list[str], leaves: list[Any], treed
     """One number, or None for "keep", for each leaf."""
     if jax.tree_util.all_leaves([bitlayers]) and bitlayers is not None:
         return [bitlayers] * len(leaves)
-    if isinstance(bitlayers, Mapping) and not _same_structure(bitlayers, treedef):
+    is_leaf = jax.tree_util.treedef_is_leaf(treedef)  # of which any dict is a tree of the same structure
+    if isinstance(bitlayers, Mapping) and (is_leaf or not _same_structure(bitlayers, treedef)):
         patterns = _paths.compile_patterns("bitlayers", bitlayers)
         tensors = (name for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf))
         _paths.check_matches("bitlayers", patterns, tensors, "BitTensors of the tree")
@@ -271,34 +272,54 @@ def _same_structure(numbers: Any, treedef: Any) -> bool:
     return True
 
 
-def truncate(tree: Any, bitlayers: int) -> Any:
+def truncate(tree: Any, bitlayers: int | Mapping[str, int | np.ndarray]) -> Any:
     """Drops all but the first bitlayers: the tree that quantizing to that many bits would have given.
 
     Args:
       tree: any pytree with BitTensors.
-      bitlayers: how many to keep; BitTensors that store no more are left as they are.
+      bitlayers: how many to keep; BitTensors that store no more are left as they are. Or a dict from path patterns to
+        such numbers, as `with_bitlayers` and `Allocation.bitlayers` have it: BitTensors that no pattern matches stay as
+        they are, and of int[*stack] a stack of weights keeps the most.
 
     Returns:
       The tree with smaller BitTensors. Numbers in use that are larger come down to `bitlayers`.
 
     Raises:
       TypeError: `bitlayers` is no int (shapes depend on it, so it cannot be traced).
-      ValueError: `bitlayers` is less than 1 or more than 16, or no BitTensor in `tree`.
+      ValueError: `bitlayers` is less than 1 or more than 16, a pattern that matches nothing, or no BitTensor in `tree`.
+
+    Example:
+      >>> qparams = pbjax.quantize({"a": jnp.eye(64), "b": jnp.eye(64)}, bits=8, rules={"[ab]": 8})
+      >>> [leaf.bits for leaf in pbjax.truncate(qparams, {"a": 3}).values()]
+      [3, 8]
     """
-    bitlayers = _checks.integer("bitlayers", bitlayers, 1, contract.MAX_BITS, "argument of truncate")
+    names, leaves, treedef = _paths.named_leaves(tree)
+    _bit_tensor.check_any(leaves)
+    if not isinstance(bitlayers, Mapping):
+        bitlayers = _checks.integer("bitlayers", bitlayers, 1, contract.MAX_BITS, "argument of truncate")
+    numbers = _numbers_per_leaf(bitlayers, names, leaves, treedef)
+    for i, (name, leaf, number) in enumerate(zip(names, leaves, numbers, strict=True)):
+        if is_bit_tensor(leaf) and number is not None:
+            leaves[i] = _cut(_bit_tensor.checked(leaf, name), number, name)
+    return jax.tree.unflatten(treedef, leaves)
 
-    def cut(tensor: BitTensor, name: str) -> BitTensor:
-        if tensor.bits <= bitlayers:
-            return tensor
-        return tensor.replace(
-            words=tensor.words[..., :bitlayers, :, :],
-            scale=tensor.scale[..., : min(bitlayers, contract.NUM_SCALES), :, :],
-            bitlayers=_bit_tensor.clip_bitlayers(tensor.bitlayers, bitlayers),
-            bits=bitlayers,
-        )
 
-    _bit_tensor.check_any(_paths.named_leaves(tree)[1])
-    return _map_tensors(cut, tree)
+def _cut(tensor: BitTensor, number: int | np.ndarray, name: str) -> BitTensor:
+    """The first bitlayers of one weight, or of the weights of a stack the most that one of them keeps."""
+    if not isinstance(number, np.ndarray):
+        number = _checks.integer("bitlayers", number, 1, contract.MAX_BITS, name)
+    counts = np.asarray(number)
+    if not counts.size:
+        return tensor
+    _bit_tensor.check_bitlayers(counts, contract.MAX_BITS, name)
+    used = _set_bitlayers(tensor, np.minimum(counts, tensor.bits), name).bitlayers
+    bits = min(int(counts.max()), tensor.bits)
+    return tensor.replace(
+        words=tensor.words[..., :bits, :, :],
+        scale=tensor.scale[..., : min(bits, contract.NUM_SCALES), :, :],
+        bitlayers=jnp.minimum(tensor.bitlayers, used),
+        bits=bits,
+    )
 
 
 def _map_tensors(fn: Callable[[BitTensor, str], Any], tree: Any) -> Any:

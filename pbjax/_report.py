@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+import rich.text
 
 from pbjax import _bit_tensor, _interpret, _paths, _quantized
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
@@ -84,7 +85,7 @@ class Report:
             if row is self.total:
                 table.add_section()
             table.add_row(
-                row.path,
+                rich.text.Text(row.path),  # as it is: text may look like markup
                 "x".join(map(str, row.shape)),
                 "" if row.bits is None else str(row.bits),
                 used,

@@ -223,11 +223,13 @@ def _check_outputs(outputs: Any, metric: str, batch: int) -> None:
 
 
 def relative_squared_error(outputs: Any, reference: Any) -> jax.Array:
-    """||y - r||**2 / ||r||**2 over all leaves together."""
-    pairs = list(zip(jax.tree.leaves(outputs), jax.tree.leaves(reference), strict=True))
-    square = lambda value: jnp.sum(jnp.square(value.astype(jnp.float32)))  # noqa: E731
-    error = sum(square(y.astype(jnp.float32) - r.astype(jnp.float32)) for y, r in pairs)
-    return jnp.asarray(error / sum(square(r) for _, r in pairs))
+    """||y - r||**2 / ||r||**2 over all leaves together; in units of the largest |r|, whose square may be no float32."""
+    ys, rs = ([leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)] for tree in (outputs, reference))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(r), initial=0) for r in rs]))
+    largest = jnp.where(largest > 0, largest, 1)
+    square = lambda value: jnp.sum(jnp.square(value / largest))  # noqa: E731
+    error = sum(square(y - r) for y, r in zip(ys, rs, strict=True))
+    return jnp.asarray(error / sum(map(square, rs)))
 
 
 def kl_divergence(outputs: Any, reference: Any) -> jax.Array:

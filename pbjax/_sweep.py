@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -117,14 +118,20 @@ def in_chunks(rows: Any, size: int) -> list[Any]:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """A leaf that is no array, as part of a tree's structure."""
+    """A leaf that is no array, as part of a tree's structure.
+
+    Its type and its text tell apart what Python calls equal: 1, 1.0 and True, 0.0 and -0.0.
+    """
 
     value: Any
+    kind: type
+    text: str
 
 
 def freeze(tree: Any) -> Any:
     """The tree as `jax.jit` takes it: what is no array becomes part of the structure."""
-    return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else _Static(leaf), tree)
+    static = lambda leaf: _Static(leaf, type(leaf), repr(leaf) if isinstance(leaf, numbers.Number) else "")  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else static(leaf), tree)
 
 
 def thaw(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import hypothesis
@@ -14,6 +15,7 @@ from flax import nnx
 
 import pbjax
 from pbjax import _front
+from pbjax._sensitivity import METRICS
 from tests import models
 
 KEY = jax.random.key(0)
@@ -201,6 +203,36 @@ def test_layers_of_other_bits():
     assert [row.average for row in allocation.uniform][:2] == [1, 2]
 
 
+@pytest.mark.parametrize("factor", [1e20, 1e-25])
+def test_relative_error_is_one_of_any_unit(factor):
+    """Whose square may be no float32."""
+    y, r = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([[1.0, 2.5], [3.0, 4.0]])
+    error = METRICS["mse"](y * factor, r * factor)
+    np.testing.assert_allclose(error, (0.25 + 1) / (1 + 6.25 + 9 + 16), rtol=1e-5)
+
+
+def test_a_weight_alone():
+    w = pbjax.quantize({"kernel": jnp.eye(64)}, 6)["kernel"]
+    allocation = pbjax.allocate(lambda w, x: pbjax.matmul(x, w), w, jnp.ones((2, 64)), average=3, progress=False)
+    assert pbjax.with_bitlayers(w, allocation.bitlayers).bitlayers == allocation.rows[0].bitlayers
+
+
+def test_names_are_printed_as_they_are():
+    qparams = pbjax.quantize({"[/b]:key:": {"kernel": jnp.eye(64)}}, 4)
+    fn = lambda q, x: pbjax.matmul(x, q["[/b]:key:"]["kernel"])  # noqa: E731
+    allocation = pbjax.allocate(fn, qparams, jnp.ones((2, 64)), average=3, progress=False)
+    assert "[/b]:key:/kernel" in str(allocation)
+    assert "[/b]:key:/kernel" in str(pbjax.report(qparams))
+
+
+def test_what_is_chosen_can_be_stored_alone():
+    """`truncate` keeps as many bytes as the allocation says, and the bits of the product."""
+    allocation = allocate(average=3)
+    small = pbjax.truncate(QPARAMS, allocation.bitlayers)
+    assert {name: leaf.bits for name, leaf in small.items()} == {row.path: row.bitlayers for row in allocation.rows}
+    assert sum(leaf.words.nbytes + leaf.scale.nbytes for leaf in small.values()) == allocation.nbytes
+
+
 def test_several_batches_are_averaged():
     other = X[:3] * 2
     one, two = (allocate(batch=batch, average=3) for batch in (X, other))
@@ -340,14 +372,19 @@ ERRORS = {
         r"`batch` must hold a batch, but got an empty list",
     ),
     "choices beyond the bits": (
-        lambda: allocate(average=3, bitlayers=[4, 7]),
+        lambda: allocate(average=3, bitlayers=[4, 17]),
         ValueError,
-        r"`bitlayers` must lie in 1\.\.6, but got 7 \(argument of allocate\)",
+        r"`bitlayers` must lie in 1\.\.16, but got 17 \(argument of allocate\)",
     ),
     "no choice for a layer": (
         lambda: allocate(qparams={**QPARAMS, "b": pbjax.truncate(QPARAMS["b"], 2)}, average=5, bitlayers=[4, 5]),
         ValueError,
         r"`bitlayers` must hold a number in 1\.\.2, the bitlayers stored, but got \[4, 5\] \(b\)",
+    ),
+    "a batch that is no pytree": (
+        lambda: allocate(batch=collections.UserDict(x=1), average=3),
+        TypeError,
+        r"`batch` must be a pytree, but got UserDict",
     ),
     "choices that are none": (
         lambda: allocate(average=3, bitlayers=4),

@@ -248,6 +248,19 @@ def test_truncate_keeps_smaller_tensors_and_counts():
     assert [(t.bits, int(t.bitlayers)) for t in cut.values()] == [(3, 3), (4, 2)]
 
 
+def test_truncate_by_path_and_in_stacks():
+    tree = pbjax.quantize(PARAMS, 8)
+    cut = tensors_of(pbjax.truncate(tree, {"Dense_0": 3}))
+    assert [(t.bits, int(t.bitlayers)) for t in cut.values()] == [(3, 3), (8, 8)]
+    stack = pbjax.quantize({"w": normal(3, 64, 5)}, 8, rules={"w": pbjax.Spec(stack=(0,))})
+    numbers = np.array([2, 5, 1])
+    cut = pbjax.truncate(stack, {"w": numbers})["w"]
+    assert cut.bits == 5
+    np.testing.assert_array_equal(cut.bitlayers, numbers)
+    used = pbjax.with_bitlayers(stack, {"w": numbers})
+    np.testing.assert_array_equal(pbjax.dequantize(cut), pbjax.dequantize(used)["w"])
+
+
 def test_with_bitlayers_copies_nothing():
     tree = pbjax.quantize(PARAMS, 8)
     fewer = pbjax.with_bitlayers(tree, 4)
@@ -455,6 +468,15 @@ def test_report_without_the_original():
             ValueError,
             r"`bitlayers` must lie in 1\.\.16, but got 0",
             lambda: pbjax.truncate(pbjax.quantize(PARAMS, 8), 0),
+        ),
+        (
+            ValueError,
+            r"`bitlayers` must lie in 1\.\.16, .* got \[ 0 17\] \(w\)",
+            lambda: pbjax.truncate(
+                pbjax.quantize({"w": normal(2, 40, 5)}, 8, rules={"w": pbjax.Spec(stack=(0,))}),
+                {"w": np.array([0, 17])},
+            ),
+        ),
         ),
         (
             ValueError,

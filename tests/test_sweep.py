@@ -78,6 +78,17 @@ def test_leaves_that_are_no_arrays():
     assert pbjax.sweep(lambda qlayer: apply(qlayer, X), qlayer, [1, 4]).shape == (2, 3, 3)
 
 
+@pytest.mark.parametrize("values", [(1, 1.0, True), (0.0, -0.0)])
+def test_numbers_that_python_calls_equal_are_not(values):
+    def metric(qparams):
+        return jnp.float32(1) / (float(qparams["number"]) + isinstance(qparams["number"], (bool, float)))
+
+    for value in values:
+        np.testing.assert_array_equal(
+            pbjax.sweep(metric, {**QPARAMS, "number": value}, [1])[0], metric({"number": value})
+        )
+
+
 def test_inside_of_jit():
     y = jax.jit(lambda counts: pbjax.sweep(outputs, QPARAMS, counts, batch_size=2)["y"])(jnp.array([1, 9]))
     np.testing.assert_array_equal(y[1], outputs(QPARAMS)["y"])  # clipped to 8, as `with_bitlayers` does
