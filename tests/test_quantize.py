@@ -477,7 +477,6 @@ def test_report_without_the_original():
                 {"w": np.array([0, 17])},
             ),
         ),
-        ),
         (
             ValueError,
             r"`bitlayers` must lie in 1\.\.8.* got 9 \(params/Dense_0/kernel\)",
