@@ -163,9 +163,18 @@ class Checkpoint:
         """A tensor whose checksum is right, in `target` if that is given."""
         source = self.source(name)
         array = source.read(name, target)
+        self._check(source, name, array)
+        return array
+
+    def read_padding(self) -> None:
+        """Compares the padding of all files opened so far with its checksums."""
+        for source in self._sources.values():
+            if _files.PADDING in source.header.entries:
+                self._check(source, _files.PADDING, source.read(_files.PADDING))
+
+    def _check(self, source: Source, name: str, array: np.ndarray) -> None:
         if _files.checksum(_files.bytes_of(array)) != self._checksums[source.path][name]:
             raise _files.FileError(source.path, "is damaged: its checksum differs", name)
-        return array
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, read without the rest and therefore unchecked."""

@@ -53,7 +53,7 @@ def convert(
 
     Args:
       source: a safetensors file, an index of several (`model.safetensors.index.json`), a folder that holds
-        `model.safetensors` or that index, or a file of `pbjax.save`, whose tree is kept.
+        `model.safetensors` or that index, or a file of `pbjax.save`, whose tree is kept, with what it holds packed.
       target: the file to write, see `pbjax.save`.
       bits: bitlayers to store, 1..16.
       rename: patterns (regular expressions, searched for in the source's names; the first match decides) to a
@@ -63,7 +63,7 @@ def convert(
       group_size: as in `pbjax.quantize`.
       activation_bits: as in `pbjax.quantize`.
       clip_bits: as in `pbjax.quantize`.
-      metadata: as in `pbjax.save`.
+      metadata: as in `pbjax.save`; None keeps that of a file of `pbjax.save`.
       max_shard_bytes: as in `pbjax.save`.
       errors: whether to compare each packed weight with the original after every number of bitlayers.
       progress: whether to show a progress bar; None shows one on a terminal.
@@ -74,7 +74,8 @@ def convert(
     Raises:
       pbjax.files.FileError: a file that cannot be read.
       FileNotFoundError: no file.
-      TypeError, ValueError: what `pbjax.quantize` raises; names that come to one path, a pattern without a match.
+      TypeError, ValueError: what `pbjax.quantize` and `pbjax.save` raise; names that come to one path or to a reserved
+        one, a pattern without a match, a source whose weights are packed already.
 
     Cost: one tensor at a time, and its packed form; nothing else of the model is in memory.
     """
@@ -84,6 +85,8 @@ def convert(
     with Checkpoint(source) if is_ours(source) else _Floats(source, rename or {}) as file:
         if rename and isinstance(file, Checkpoint):
             raise ValueError(f"`rename` must be left out for a file that holds a tree, as {source} does.")
+        if isinstance(file, Checkpoint) and metadata is None:
+            metadata = file.metadata
         names = list(file.leaves)
         stand_ins = [_stand_in(file, leaf) for leaf in file.leaves.values()]
         _paths.check_matches("rules", patterns, names, "tensors of the checkpoint")
@@ -91,6 +94,11 @@ def convert(
         plans = _quantize.plan_leaves(
             names, stand_ins, uses, widths=widths, patterns=patterns, select=None, has_fn=False
         )
+        if not plans:
+            raise ValueError(
+                f"`source` must hold a float weight to pack, but those of {source} are packed already. Use `truncate` "
+                "for fewer bitlayers; more need the float weights."
+            )
         leaves, stacks = dict(file.leaves), {}
         for i, plan in plans.items():
             pack = functools.partial(_bit_tensor.pack_array, **dataclasses.asdict(plan))
@@ -221,6 +229,11 @@ class _Floats:
             rank = len(self._sources[file].header.entries[name].shape)
             if axes is not None and sorted(axes) != list(range(rank)):
                 raise ValueError(f"`rename` must order all {rank} axes of {name}, but got {axes}.")
+            if path in (_files.PADDING, _files.METADATA):
+                raise ValueError(
+                    f"`rename` must give each tensor a name that is not reserved, but {name} comes to {path!r}. Give "
+                    "it another name, or None to leave it out."
+                )
             if path in self._tensors:
                 raise ValueError(f"`rename` must give each tensor a path of its own, but two come to {path}.")
             self._tensors[path] = file, name, axes
@@ -280,9 +293,10 @@ def _node_of(paths: Iterable[str]) -> list[Any]:
         *folders, last = path.split("/")
         place = tree
         for folder in folders:
-            place = place.setdefault(folder, {})
+            if isinstance(place, dict):
+                place = place.setdefault(folder, {})
         if not isinstance(place, dict) or last in place:
-            raise ValueError(f"`rename` must not put tensors below a tensor, but {path} is, or has, one.")
+            raise ValueError(f"`rename` must not put tensors below a tensor, but {path} is, or has, one. Leave it out.")
         place[last] = path
 
     def node(value: Any) -> list[Any]:

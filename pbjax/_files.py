@@ -8,8 +8,8 @@ A file is a safetensors file: 8 bytes with the length of the header, the header 
 - other leaves come first, then the first bitlayer of every weight, the second of every weight, and so on: the first b
   bitlayers of the whole model are one run of bytes from the start of the file, whatever axes are stacked;
 - the metadata begins with the version of this format and the CRC-32 of all of the header that follows it. What follows
-  holds the structure of the tree and a CRC-32 of each tensor, so every byte is vouched for, and each bitlayer can be
-  checked without reading the next.
+  holds the structure of the tree and a CRC-32 of each tensor, padding among them, so every byte is vouched for, and
+  each bitlayer can be checked without reading the next. `load` checks what it reads, `verify` all, padding too.
 
 Of several files (`max_shard_bytes`) each is such a file, later bitlayers in later files, and `NAME.index.json` beside
 them tells which tensor is where, as Hugging Face's libraries write it, with the structure and the files' own checksums.

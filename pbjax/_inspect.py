@@ -134,4 +134,8 @@ def verify(path: str | os.PathLike[str], *, progress: bool | None = None) -> lis
                     file.read(name)
                 except _files.FileError as error:
                     found.append(error)
+        try:
+            file.read_padding()
+        except _files.FileError as error:
+            found.append(error)
     return found

@@ -43,11 +43,12 @@ def load(
         BitTensor of shardings. Processes that hold a part of a mesh read their own parts; these bytes are not compared
         with checksums, since a checksum is one of a whole bitlayer (`python -m pbjax verify` compares all).
       like: a tree of the same structure, for trees that hold classes which files do not bring to life: NNX modules,
-        dataclasses, named tuples, own Variables. Its leaves are ignored but for their paths and shapes.
+        dataclasses, named tuples, own Variables. Its leaves are ignored but for their paths, shapes and dtypes (of a
+        packed weight, those of the float one). What is no leaf comes from it, such as static fields of dataclasses.
 
     Returns:
-      The tree. Arrays are JAX arrays in the dtypes saved; those of 64 bits stay NumPy arrays without
-      `jax_enable_x64`.
+      The tree; dicts have their keys in order. Arrays are JAX arrays in the dtypes saved; those of 64 bits stay NumPy
+      arrays without `jax_enable_x64`.
 
     Raises:
       pbjax.files.FileError: the file is damaged, cut short, of a later version, or of another kind; with the tensor.
@@ -84,18 +85,25 @@ def _leaves(file: Checkpoint, like: Any) -> tuple[list[_structure.Leaf], Any]:
         )
     leaves = [file.leaves[name] for name in names]
     for leaf, (_, value) in zip(leaves, paths, strict=True):
-        _check_shape(file, leaf, value)
+        _check_leaf(file, leaf, value)
     return leaves, treedef
 
 
-def _check_shape(file: Checkpoint, leaf: _structure.Leaf, value: Any) -> None:
-    if isinstance(leaf, _structure.Constant) or not hasattr(value, "shape"):
+def _check_leaf(file: Checkpoint, leaf: _structure.Leaf, value: Any) -> None:
+    """Raises unless a leaf of `like` has the shape and dtype of that in the file."""
+    if isinstance(leaf, _structure.Constant) or not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return
     if isinstance(leaf, _structure.Packed):
-        shape = (*file.entry(f"{leaf.name}/bitlayers").shape, *leaf.static["packed_shape"])
+        shape, dtype = (*file.entry(f"{leaf.name}/bitlayers").shape, *leaf.static["packed_shape"]), leaf.static["dtype"]
     else:
-        shape = file.entry(leaf.name).shape
-        shape = shape if leaf.impl is None else shape[:-1]
+        shape, dtype = file.entry(leaf.name).shape, file.entry(leaf.name).dtype
+        if leaf.impl is not None:
+            shape, dtype = shape[:-1], jax.eval_shape(lambda: jax.random.key(0, impl=leaf.impl)).dtype
+    # Without `jax_enable_x64` JAX says 32 bits where the file has 64.
+    if value.dtype not in (dtype, jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)):
+        raise ValueError(
+            f"`like` must have the dtypes of {file.path}, but {leaf.name} is {value.dtype} where the file has {dtype}."
+        )
     if tuple(value.shape) != shape:
         raise ValueError(
             f"`like` must have the shapes of {file.path}, but {leaf.name} has {tuple(value.shape)} where the file has "

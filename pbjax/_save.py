@@ -35,17 +35,21 @@ def save(
 
     Args:
       path: the file to write, usually `NAME.safetensors`.
-      tree: dicts, lists, tuples and None (with keys of text, integers, or tuples of these), `nnx.State` with Flax's
+      tree: dicts (loaded with their keys in order, as JAX rebuilds them), lists, tuples and None (with keys of text,
+        integers, or tuples of these), nested up to 100 levels, `nnx.State` with Flax's
         own Variables, arrays of any dtype that safetensors knows (no int4, no complex128), random keys, BitTensors,
         Python numbers and text. Other registered nodes, NNX modules among them, are saved too; they are loaded with
         `like`.
-      metadata: anything that JSON holds, to be read by `pbjax.files.info`.
-      max_shard_bytes: if given, a tree of more bytes is written to several files of at most this many (or one tensor)
-        and `path` + ".index.json", which `load` finds under the same `path`. Later bitlayers go to later files.
+      metadata: anything that JSON holds, keys being text, to be read by `pbjax.files.info`.
+      max_shard_bytes: if given, a tree of more bytes is written to several files of at most this many bytes of tensors
+        (or one tensor; the headers come on top) and `path` + ".index.json", which `load` finds under the same `path`.
+        Later bitlayers go to later files.
 
     Raises:
       TypeError: a leaf, key or metadata that a file cannot hold; the message names the path.
-      ValueError: two leaves of one name, or an array that does not lie on devices of this process.
+      ValueError: two leaves of one name, an array that does not lie on devices of this process, a tree or metadata of
+        more than 100 levels, NaN or infinity in metadata, a `path` that names no file, or ends in ".index.json", or has
+        beside it an index that another program wrote.
       OSError: from the file system.
 
     Cost: beyond the tree, one weight on the host at a time (none where it lies there already).
@@ -103,7 +107,9 @@ class Writer:
         metadata: Mapping[str, Any] | None,
         max_shard_bytes: int | None,
     ):
-        self._path = Path(path)
+        self._path = _check_path(path)
+        self._index = Path(f"{path}{_files.INDEX_SUFFIX}")
+        _check_index(self._index)
         where = "argument of save"
         if max_shard_bytes is not None:
             max_shard_bytes = _checks.integer("max_shard_bytes", max_shard_bytes, 1, None, where)
@@ -143,14 +149,15 @@ class Writer:
 
     def commit(self) -> None:
         """Puts the file in place of an older one; of several files, the index last."""
-        index = Path(f"{self._path}{_files.INDEX_SUFFIX}")
+        index = self._index
         stem = self._path.name.removesuffix(".safetensors")
         before = {name for name in _shards_in(index) if re.fullmatch(_SHARD_NAME.format(re.escape(stem)), name)}
         checksums = [shard.finish() for shard in self._shards]
         if not self._sharded:
             self._shards[0].move(self._path)
             _sync_folder(self._path.parent)
-            index.unlink(missing_ok=True)  # `load` prefers it
+            if os.path.exists(index):  # `load` prefers it; of a long name there can be none
+                index.unlink(missing_ok=True)
             now = set()
         else:
             # Names that depend on the contents: the files of an older index stay what they are.
@@ -263,10 +270,56 @@ def _parts(ordered: Mapping[str, Any], max_bytes: int | None) -> list[list[tuple
 def _metadata_text(metadata: Any) -> str:
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"`metadata` must be a dict, but got {type(metadata).__name__} (argument of save).")
+    metadata = dict(metadata or {})
+    _check_metadata(metadata)
     try:
-        return _compact(dict(metadata or {}))
+        return json.dumps(metadata, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"`metadata` must be what JSON holds, but got {error} (argument of save).") from None
+        raise type(error)(f"`metadata` must be what JSON holds, but got {error} (argument of save).") from None
+
+
+def _check_metadata(value: Any, depth: int = 0) -> None:
+    """Raises for keys that JSON would turn into text, and where they might meet, and for what contains itself."""
+    if depth > _structure.MAX_DEPTH:
+        raise ValueError(
+            f"`metadata` must not be nested deeper than {_structure.MAX_DEPTH} levels, but is (argument of save)."
+        )
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"`metadata` must have keys of text, but got {key!r} (argument of save).")
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_metadata(item, depth + 1)
+
+
+def _check_path(path: str) -> Path:
+    """A path that a file can be written to and read from; raises before anything is written."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"`path` must name a file, but {path!r} is a folder. Add a file name.")
+    if not os.path.basename(path):
+        raise ValueError(f"`path` must name a file, but got {path!r}.")
+    if path.endswith(_files.INDEX_SUFFIX):
+        stem = path.removesuffix(_files.INDEX_SUFFIX)
+        raise ValueError(
+            f"`path` must not end in {_files.INDEX_SUFFIX}, but got {path!r}. Give {stem!r}, and `max_shard_bytes` for "
+            "several files; their index gets its name from it."
+        )
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"`path` must lie in a folder that is there, but got {path!r}. Make the folder first.")
+    return Path(path)
+
+
+def _check_index(index: Path) -> None:
+    """Raises where a new file would be hidden by, or take the place of, the index that another program wrote."""
+    if not os.path.exists(index):
+        return
+    with open(index, "rb") as file:
+        if not _files.is_sealed(file.read(100), "metadata"):
+            raise ValueError(
+                f"`path` must not have an index of another program beside it, which `load` would read instead, but "
+                f"{index} is there. Remove it, or choose another name."
+            )
 
 
 def _compact(value: Any) -> str:
@@ -275,6 +328,8 @@ def _compact(value: Any) -> str:
 
 def _shards_in(index: Path) -> list[str]:
     """Files that an index in place refers to; none where there is none, or none that can be read."""
+    if not os.path.exists(index):
+        return []
     try:
         text = index.read_bytes()
         _files.check_seal(text, "metadata", str(index))
@@ -284,8 +339,8 @@ def _shards_in(index: Path) -> list[str]:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside a path, so that renaming stays within one file system."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """A name beside a path, so that renaming stays within one file system; short, as that of the path may be long."""
+    return path.with_name(f".{secrets.token_hex(4)}.tmp")
 
 
 def _sync(file: BinaryIO) -> None:

@@ -26,6 +26,7 @@ from pbjax._bit_tensor import BitTensor, is_bit_tensor
 
 _KEY_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
 _STATIC = [field.name for field in dataclasses.fields(BitTensor) if field.metadata.get("static")]
+MAX_DEPTH = 100  # levels of a tree: what reads and writes it recurses, several calls a level, and Python allows 1000
 _CONSTANTS = (bool, int, float, str)  # Python's own: no arrays, but leaves
 
 Tensors = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape by name
@@ -109,7 +110,7 @@ def encode(tree: Any) -> tuple[list[Any], list[tuple[Leaf, Any]]]:
 
     Raises:
       TypeError: a leaf or a key that a file cannot hold.
-      ValueError: two leaves of one name, or a BitTensor that breaks its invariants.
+      ValueError: two leaves of one name, a BitTensor that breaks its invariants, or too many levels.
     """
     leaves: list[tuple[Leaf, Any]] = []
     node = _encode(tree, (), leaves)
@@ -123,6 +124,9 @@ def encode(tree: Any) -> tuple[list[Any], list[tuple[Leaf, Any]]]:
 
 
 def _encode(value: Any, path: KeyPath, leaves: list[tuple[Leaf, Any]]) -> list[Any]:
+    if len(path) > MAX_DEPTH:
+        some = leaf_name(path[:3])
+        raise ValueError(f"a tree must not be nested deeper than {MAX_DEPTH} levels, but {some}/... is. Flatten it.")
     if type(value) is dict:
         if not _are_ordered(value):
             raise TypeError(f"keys of a dict must be of one kind, but got {list(value)!r}. Rename them.")

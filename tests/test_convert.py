@@ -94,10 +94,38 @@ def test_trees_of_floats_keep_their_structure(tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(expected)
     np.testing.assert_array_equal(loaded["a"][0]["kernel"].words, expected["a"][0]["kernel"].words)
     assert files.verify(tmp_path / "q") == []
-    files.convert(tmp_path / "q", tmp_path / "again", 4)  # packed weights stay
-    assert jax.tree.structure(pbjax.load(tmp_path / "again")) == jax.tree.structure(expected)
     with pytest.raises(ValueError, match="`rename` must be left out for a file that holds a tree"):
         files.convert(tmp_path / "q", tmp_path / "x", 4, rename={"a": "b"})
+
+
+def test_what_is_packed_is_not_packed_again(tmp_path):
+    """Packed weights stay beside float ones packed later; where all are packed, the error points to `truncate`."""
+    tree = {"a": {"kernel": normal(40, 3)}, "b": {"kernel": normal(40, 5)}}
+    pbjax.save(tmp_path / "floats", tree, {"from": "x"})
+    files.convert(tmp_path / "floats", tmp_path / "q", 4, rules={"b": None})
+    files.convert(tmp_path / "q", tmp_path / "q", 2)
+    assert files.info(tmp_path / "q").metadata == {"from": "x"}
+    expected = pbjax.quantize(tree, 2, rules={"a": 4})
+    jax.tree.map(np.testing.assert_array_equal, pbjax.load(tmp_path / "q"), expected)
+    with pytest.raises(ValueError, match=r"`source` must hold a float weight to pack, but .* already\. Use `truncate`"):
+        files.convert(tmp_path / "q", tmp_path / "again", 1)
+    assert not (tmp_path / "again").exists()
+
+
+def test_names_of_a_source_that_are_no_paths(tmp_path):
+    """A reserved name, and a tensor two levels below another, as some programs store their quantization."""
+    source = tmp_path / "model.safetensors"
+    for name, match in (
+        ("__padding__", r"a name that is not reserved, but __padding__ comes to '__padding__'"),
+        ("l.kernel.state.nf4", r"must not put tensors below a tensor, but l/kernel(/state/nf4)? is, or has, one"),
+    ):
+        safetensors.numpy.save_file({"l.kernel": normal(4, 4), name: normal(4)}, source)
+        with pytest.raises(ValueError, match=match):
+            files.convert(source, tmp_path / "q", 4, rules={"kernel$": 4})
+        assert list(tmp_path.iterdir()) == [source]
+        files.convert(source, tmp_path / "q", 4, rename={r"__padding__|nf4": None})
+        assert list(pbjax.load(tmp_path / "q")) == ["l"]
+        (tmp_path / "q").unlink()
 
 
 ERRORS = {
@@ -110,6 +138,16 @@ ERRORS = {
     "axes": ({"wte": ("e.kernel", (0, 2))}, ValueError, r"`rename` must order all 2 axes of transformer\.wte\.weight"),
     "kind": ({"wte": 3}, TypeError, r"`rename` must hold text, \(text, axes\) or None, but got 3 for 'wte'"),
     "one path": ({".*": "kernel"}, ValueError, r"a path of its own, but two come to kernel"),
+    "metadata": (
+        {".*wte.*": "__metadata__"},
+        ValueError,
+        r"not reserved, but transformer.wte.weight comes to '__metad",
+    ),
+    "padding": (
+        {".*wte.*": "__padding__"},
+        ValueError,
+        r"not reserved, but transformer.wte.weight comes to '__padding",
+    ),
     "below": ({r".*wte.*": "a", r".*conv.*": "a.b"}, ValueError, r"must not put tensors below a tensor, but a(/b)? is"),
     "nothing chosen": ({"wte": "x"}, ValueError, r"`tree` must hold a weight to quantize, but none of its 5 leaves"),
 }

@@ -216,6 +216,40 @@ class Pair(NamedTuple):
     b: object
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Named:
+    x: jax.Array
+    name: str = dataclasses.field(metadata={"static": True})
+
+
+def test_static_fields_come_from_like(path):
+    pbjax.save(path, {"p": Named(jnp.ones(3), "saved")})
+    loaded = pbjax.load(path, like={"p": Named(jnp.zeros(3), "given")})
+    assert_same(loaded, {"p": Named(jnp.ones(3), "given")})
+
+
+def test_like_has_the_dtypes(path):
+    tree = {
+        "a": {"kernel": jnp.asarray(normal(40, 3), jnp.bfloat16)},
+        "b": np.ones(2, np.int64),
+        "k": jax.random.key(0),
+        "c": jnp.ones(2),
+    }
+    pbjax.save(path, pbjax.quantize(tree, 4))
+    expected = pbjax.load(path)
+    for like in (tree, jax.eval_shape(lambda: tree), expected):  # of 64 bits JAX says 32
+        assert_same(pbjax.load(path, like=like), expected)
+    for name, value, text in (
+        ("c", jnp.ones(2, jnp.bfloat16), "c is bfloat16 where the file has float32"),
+        ("b", np.ones(2, np.float32), "b is float32 where the file has int64"),
+        ("a", {"kernel": normal(40, 3)}, "a/kernel is float32 where the file has bfloat16"),
+        ("k", jax.random.key(0, impl="rbg"), r"k is key<rbg> where the file has key<fry>"),
+    ):
+        with pytest.raises(ValueError, match=rf"`like` must have the dtypes of .*, but {text}"):
+            pbjax.load(path, like={**tree, name: value})
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -381,11 +415,83 @@ def test_arguments_of_save(path):
     for metadata in ([], {"a": object()}):
         with pytest.raises(TypeError, match=r"`metadata` must be .* \(argument of save\)"):
             pbjax.save(path, {}, metadata)
+    for metadata in ({1: "a", "1": "b"}, {"a": [{None: 1}]}):
+        with pytest.raises(
+            TypeError, match=r"`metadata` must have keys of text, but got (1|None) \(argument of save\)"
+        ):
+            pbjax.save(path, {}, metadata)
+    for metadata in ({"a": float("nan")}, {"a": [float("inf")]}):
+        with pytest.raises(ValueError, match=r"`metadata` must be what JSON holds, but got Out of range float values"):
+            pbjax.save(path, {}, metadata)
+    metadata = {}
+    metadata["a"] = metadata
+    with pytest.raises(ValueError, match=r"`metadata` must not be nested deeper than 100 levels"):
+        pbjax.save(path, {}, metadata)
     with pytest.raises(ValueError, match=r"`max_shard_bytes` must be at least 1, but got 0"):
         pbjax.save(path, {}, max_shard_bytes=0)
     with pytest.raises(TypeError, match=r"but a is \w*Tracer"):
         jax.jit(lambda a: pbjax.save(path, {"a": a}))(1.0)
     assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 300])
+def test_paths_of_save(tmp_path, monkeypatch, max_shard_bytes):
+    """What cannot be a file, or could not be loaded again, is refused before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    tree = {"x": jnp.ones(200), "y": jnp.ones(200)}
+    (tmp_path / "folder").mkdir()
+    for path, error, match in (
+        ("", ValueError, r"`path` must name a file, but got ''"),
+        ("new/", ValueError, r"`path` must name a file, but got 'new/'"),
+        ("folder", IsADirectoryError, r"`path` must name a file, but 'folder' is a folder\. Add a file name"),
+        ("no/m", FileNotFoundError, r"`path` must lie in a folder that is there, but got 'no/m'\. Make the folder"),
+        ("m.index.json", ValueError, r"`path` must not end in .index.json, but got 'm.index.json'\. Give 'm', and"),
+    ):
+        with pytest.raises(error, match=match):
+            pbjax.save(path, tree, max_shard_bytes=max_shard_bytes)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_long_names(tmp_path):
+    """As long as the file system takes: a temporary name is no longer, and of its index there can be none."""
+    path = tmp_path / ("m" * 255)
+    for value in (1, 2):
+        pbjax.save(path, {"a": jnp.full(3, value)})
+        assert_same(pbjax.load(path), {"a": jnp.full(3, value)})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 300])
+def test_index_of_another_program_stays(path, max_shard_bytes):
+    index = path.with_name(f"{path.name}.index.json")
+    index.write_text('{"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    before = index.read_bytes()
+    with pytest.raises(ValueError, match=r"must not have an index of another program beside it, .*json is there"):
+        pbjax.save(path, {"x": jnp.ones(200), "y": jnp.ones(200)}, max_shard_bytes=max_shard_bytes)
+    assert list(path.parent.iterdir()) == [index]
+    assert index.read_bytes() == before
+
+
+def test_deep_trees(path):
+    """100 levels come back, also through files of files; more are refused, and so is a list that holds itself."""
+
+    def nested(levels):
+        tree = {"kernel": normal(40, 3)}
+        for _ in range(levels - 1):
+            tree = {"a": tree}
+        return tree
+
+    pbjax.save(path, nested(100))
+    assert_same(pbjax.load(path), nested(100))
+    files.convert(path, path.with_name("q"), 2)
+    files.truncate(path.with_name("q"), path.with_name("q"), 1)
+    assert_same(pbjax.load(path.with_name("q")), pbjax.quantize(nested(100), 1, clip_bits=None))
+    itself = []
+    itself.append(itself)
+    for tree in (nested(101), nested(10**4), itself):
+        with pytest.raises(ValueError, match=r"a tree must not be nested deeper than 100 levels, but \S+/\.\.\. is"):
+            pbjax.save(path, tree)
+    assert_same(pbjax.load(path), nested(100))
 
 
 # Faults of files.
@@ -568,6 +674,17 @@ def test_verify_finds_all_damaged_tensors(path):
     assert [error.tensor for error in files.verify(path)] == ["a/kernel/words/1", "b"]
     path.write_bytes(with_static(packed_shape=[100, 3])(*whole_file(path)))
     assert [error.tensor for error in files.verify(path)] == ["a/kernel/words/0"]
+
+
+def test_verify_reads_padding(path):
+    pbjax.save(path, {"odd": np.ones(3, np.uint8), **packed_tree()})
+    with _checkpoint.Source(str(path)) as source:
+        place = source.header.start + source.header.entries[_files.PADDING].begin
+    assert files.verify(path) == []
+    data = bytearray(path.read_bytes())
+    data[place] = 1
+    path.write_bytes(data)
+    assert [error.tensor for error in files.verify(path)] == [_files.PADDING]
 
 
 def test_damage_behind_the_prefix_is_not_read(path):
