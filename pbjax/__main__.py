@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import rich.console
 import rich.table
+import rich.text
 
 import pbjax
 from pbjax import _files, files
@@ -30,22 +32,41 @@ leaves the tensor out, as JSON or the name of a JSON file: {"^(.*)\\\\.fc\\\\.we
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in argv
     try:
         arguments = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed why
-        return int(stop.code or 0)
-    try:
         return arguments.run(arguments)
+    except SystemExit as stop:  # argparse has printed its help
+        return int(stop.code or 0)
     except files.FileError as error:
-        return _fail(arguments, error, DAMAGED)
+        return _fail(as_json, error, DAMAGED)
     except OSError as error:
-        return _fail(arguments, error, SYSTEM)
+        return _fail(as_json, error, SYSTEM)
+    except _UsageError as error:
+        sys.stderr.write(error.usage)
+        return _fail(as_json, error, USAGE)
     except (ValueError, TypeError) as error:
-        return _fail(arguments, error, USAGE)
+        return _fail(as_json, error, USAGE)
+
+
+class _UsageError(Exception):
+    """Arguments that do not parse, and how they should look."""
+
+    def __init__(self, message: str, usage: str):
+        super().__init__(message)
+        self.usage = usage
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print and exit, so that all errors are told in one way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(message, self.format_usage())
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pbjax", description=__doc__, epilog=_EPILOG)
+    parser = _Parser(prog="python -m pbjax", description=__doc__, epilog=_EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -80,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_target(sub: argparse.ArgumentParser, bits: str) -> None:
     sub.add_argument("target", metavar="OUT")
     sub.add_argument("--bits", type=int, required=True, help=bits)
-    sub.add_argument("--max-shard-bytes", type=int, metavar="N", help="write several files of at most N bytes each")
+    sub.add_argument("--max-shard-bytes", type=int, metavar="N", help="write files of at most N bytes, without headers")
     sub.add_argument("--force", action="store_true", help="replace OUT if it is there")
 
 
@@ -104,7 +125,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     info = files.info(arguments.file, errors=not arguments.no_errors)
-    table = rich.table.Table(title=info.path, caption=f"{info.num_bytes:,} bytes, format version {info.version}")
+    title = rich.text.Text(info.path)  # names are no markup
+    table = rich.table.Table(title=title, caption=f"{info.num_bytes:,} bytes, format version {info.version}")
     table.add_column("path", overflow="fold")
     for name in ("shape", "dtype", "bits", "bytes"):
         table.add_column(name, justify="right")
@@ -113,7 +135,7 @@ def _info(arguments: argparse.Namespace) -> int:
         table.add_column(f"error {b}", justify="right")
     for leaf in info.leaves:
         table.add_row(
-            leaf.path,
+            rich.text.Text(leaf.path),
             "x".join(map(str, leaf.shape)),
             leaf.dtype or "",
             "" if leaf.bits is None else str(leaf.bits),
@@ -150,7 +172,7 @@ def _check_target(arguments: argparse.Namespace) -> None:
 def _json(text: str) -> dict[str, Any]:
     """A JSON object, or that in the file of this name."""
     try:
-        if not text.lstrip().startswith("{"):
+        if not text.lstrip().startswith(("{", "[")):
             with open(text, encoding="utf-8") as file:
                 text = file.read()
         value = json.loads(text)
@@ -177,16 +199,32 @@ def _bits_or_float(text: str) -> int | None:
 
 def _print(arguments: argparse.Namespace, data: Any, text: Any) -> None:
     if arguments.json:
-        sys.stdout.write(json.dumps(data) + "\n")
+        _write(json.dumps(data) + "\n")
+    elif isinstance(text, str):
+        _write(text + "\n")
     else:
         # A pipe has no width; paths are not to be cut there.
         console = rich.console.Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-        console.print(text, markup=False, soft_wrap=isinstance(text, str))
+        with console.capture() as printed:
+            console.print(text)
+        _write(printed.get())
 
 
-def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
-    if arguments.json:
-        sys.stdout.write(json.dumps({"error": str(error), "exit_code": code}) + "\n")
+def _write(text: str) -> None:
+    """Writes to standard output; what cannot be written is an error here, and not once more when Python ends."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _fail(as_json: bool, error: Exception, code: int) -> int:
+    if as_json:
+        with contextlib.suppress(OSError):
+            _write(json.dumps({"error": str(error), "exit_code": code}) + "\n")
     sys.stderr.write(f"python -m pbjax: {error}\n")
     return code
 

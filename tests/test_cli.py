@@ -153,8 +153,24 @@ FAILURES = {
         2,
         "JSON obj",
     ),
+    "bits as text": (["truncate", "q.safetensors", "out", "--bits", "x"], 2, "argument --bits: invalid int value: 'x'"),
+    "rules as a JSON list": (
+        ["quantize", "floats.safetensors", "out", "--bits", "4", "--rules", "[1]"],
+        2,
+        "argument --rules: must be a JSON object",
+    ),
+    "reserved name": (
+        ["quantize", "floats.safetensors", "out", "--bits", "4", "--rename", '{".*embed.*": "__metadata__"}'],
+        2,
+        "a name that is not reserved",
+    ),
+    "packed already": (["quantize", "q.safetensors", "out", "--bits", "4"], 2, "Use `truncate` for fewer bitlayers"),
     "no file": (["info", "nothing"], 3, "No such file"),
-    "no folder": (["truncate", "q.safetensors", "no/out", "--bits", "4"], 3, "No such file"),
+    "no folder": (
+        ["truncate", "q.safetensors", "no/out", "--bits", "4"],
+        3,
+        "a folder that is there, but got 'no/out'",
+    ),
     "folder without a model": (["quantize", ".", "out", "--bits", "4"], 3, "holds neither model.safetensors nor"),
 }
 
@@ -172,7 +188,7 @@ def test_failures(folder, capsys, arguments, code, message):
     assert out == ""
     assert message in err
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    if arguments and message != "--bits" and "--rules" not in arguments:
+    if arguments:
         assert main([*arguments, "--json"]) == code
         failure = json.loads(printed(capsys)[0])
         assert failure["exit_code"] == code
@@ -188,6 +204,40 @@ def test_as_a_process(folder):
     result = subprocess.run([*run, "info", "nothing"], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 3
     assert result.stderr == "python -m pbjax: [Errno 2] No such file or directory: 'nothing'\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_output_that_cannot_be_written(folder, options):
+    """One line on standard error and the code of the system's errors, from commands that print text, tables, JSON."""
+    quantize("--no-errors")
+    for command in ("verify", "info"):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(
+                [sys.executable, "-W", "error", "-m", "pbjax", command, "q.safetensors", *options],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+        assert result.stderr == "python -m pbjax: [Errno 28] No space left on device\n"
+        assert result.returncode == 3
+
+
+def test_names_are_no_markup(folder, capsys):
+    """Brackets and colons in names of files and leaves are printed as they are."""
+    name, leaf = "[bold]m:key:.[0]", "w[red]:key:[/x]"
+    pbjax.save(name, {leaf: np.ones(3, np.float32)})
+    assert main(["info", name]) == 0
+    table = printed(capsys)[0]
+    assert name in table
+    assert leaf in table
+    for text in (f"{name}: whole\n", f"{name}: tensor '{leaf}': is damaged: its checksum differs\n"):
+        main(["verify", name])
+        assert printed(capsys)[0] == text
+        data = bytearray((folder / name).read_bytes())
+        data[-1] ^= 1
+        (folder / name).write_bytes(data)
 
 
 def test_progress_bars_go_to_standard_error(folder, capsys):
