@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Any, name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
+        # Abbreviations would change their meaning with every option added.
+        sub = commands.add_parser(name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         return sub
