@@ -228,6 +228,9 @@ def test_unsupported():
     for too_large in (many_groups, many_rows):
         assert "more than 536870912" in triton.unsupported(too_large)
     assert triton.unsupported(dataclasses.replace(many_rows, bits=8)) is None
+    many_codes = Case(m=2**17, k=2**13, n=8, bits=4, activation_bits=16).problem
+    assert "2147483648 codes" in triton.unsupported(many_codes)
+    assert triton.unsupported(dataclasses.replace(many_codes, activation_bits=8)) is None
     assert "k is 0" in triton.unsupported(dataclasses.replace(problem, k=0))
 
 

@@ -40,6 +40,7 @@ CONFIGS = {"serial": SerialConfig, "int8": Int8Config, "dot": DotConfig, "unpack
 _FLOAT_CONFIGS = (DotConfig, UnpackConfig)
 
 _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
+_MAX_CODES = 2**31  # Pallas counts in 64 bits where an array has more than 2**32 bytes, in signed 32 bits else
 # Rows * activation bits up to which the words themselves are faster. An estimate from machine code, not measured: a
 # word of one bitlayer costs 0.63 population counts for each row and activation bit, of which an SM of an H200 does 16
 # per clock; to unpack 32 codes of up to 8 bitlayers costs 4 instructions each, of which it issues 128 per clock. With 4
@@ -63,6 +64,9 @@ def unsupported(problem: contract.Problem) -> str | None:
     if problem.activation_bits is not None:
         config = config_for(problem)
         if isinstance(config, Int8Config):
+            num_codes = problem.activation_limbs * problem.m * problem.k
+            if num_codes >= _MAX_CODES:
+                return f"the activations are {num_codes} codes of one byte, more than Triton's 32-bit addresses reach"
             num_sums = _triton_int8.num_sums(problem, config)
         else:
             num_sums = len(problem.segments) * problem.bits * problem.activation_limbs * problem.m * problem.n
