@@ -17,6 +17,7 @@ import jax.numpy as jnp
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 NAMES = ("f32", "bf16", "int8", "int4")
 COMPARED = ("f32", "bf16")  # with variants
+OPTIONAL = ("int8", "int4")  # left out where XLA does not compile them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
