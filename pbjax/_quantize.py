@@ -312,6 +312,8 @@ def _cut(tensor: BitTensor, number: int | np.ndarray, name: str) -> BitTensor:
     if not counts.size:
         return tensor
     _bit_tensor.check_bitlayers(counts, contract.MAX_BITS, name)
+    if counts.min() >= tensor.bits:
+        return tensor
     used = _set_bitlayers(tensor, np.minimum(counts, tensor.bits), name).bitlayers
     bits = min(int(counts.max()), tensor.bits)
     return tensor.replace(

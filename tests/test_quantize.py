@@ -246,6 +246,8 @@ def test_truncate_keeps_smaller_tensors_and_counts():
     tree = pbjax.with_bitlayers(pbjax.quantize(PARAMS, 8, rules={"Dense_0/kernel": 3}), {"Dense_1": 2})
     cut = tensors_of(pbjax.truncate(tree, 4))
     assert [(t.bits, int(t.bitlayers)) for t in cut.values()] == [(3, 3), (4, 2)]
+    kept = tensors_of(pbjax.truncate(tree, 8))
+    assert all(kept[name] is tensor for name, tensor in tensors_of(tree).items())  # nothing copied
 
 
 def test_truncate_by_path_and_in_stacks():
