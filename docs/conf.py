@@ -27,7 +27,6 @@ extensions = [
     "docstrings",
     "figures",
     "mathml",
-    "measured",
     "readme",
 ]
 exclude_patterns = ["_generated", "extensions"]

@@ -102,31 +102,50 @@ def test_every_public_name_is_in_the_reference():
 def extension(name):
     """A module of docs/extensions; Sphinx, which it is written for, may be missing."""
     pytest.importorskip("sphinx")
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "extensions" / f"{name}.py")
+    return load(ROOT / "docs" / "extensions" / f"{name}.py")
+
+
+def load(path):
+    """A module that no package has."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def tables():
+    """The module that makes tables of the benchmarks' rows of data."""
+    return load(ROOT / "examples" / "benchmarks" / "tables.py")
+
+
 def test_tables_are_the_rows_of_the_benchmarks():
-    measured = extension("measured")
+    module = tables()
+    for page in module.PAGES:
+        text = page.read_text()
+        assert text.count("<!-- table ") == len(module.BLOCK.findall(text)) > 0
+        assert module.fill(text) == text, f"python examples/benchmarks/tables.py brings {page.name} up to date"
+        assert "nan" not in re.findall(r"\w+", text)
+
+
+def test_tables_show_what_the_rows_say():
+    module = tables()
     row = next(
         row
-        for row in measured.read("cpu.csv")
+        for row in module.read("cpu.csv")
         if (row["m"], row["k"], row["method"], row["bitlayers"], row["activation_bits"])
         == ("1", "4096", "pbjax", "4", "16")
     )
-    line = next(line for line in measured.cpu_speedups().splitlines() if line.startswith("| 1 | 16 bits |"))
-    assert line.split(" | ")[4] == measured.number(row["speedup_over_f32"])
-    for make in measured.TABLES:
-        assert "nan" not in make()
+    line = next(line for line in module.cpu_speedups().splitlines() if line.startswith("| 1 | 16 bits |"))
+    assert line.split(" | ")[4] == module.number(row["speedup_over_f32"])
+    with pytest.raises(ValueError, match="a page asks for 'none'"):
+        module.fill("<!-- table none -->\n<!-- end -->\n")
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [("9.94", "9.9"), ("9.96", "10"), ("0.994", "0.99"), ("0.996", "1.0"), ("0.05", "0.05")]
 )
 def test_numbers_have_two_digits(value, text):
-    assert extension("measured").number(value) == text
+    assert tables().number(value) == text
 
 
 def test_sections_of_the_readme_have_the_links_of_pages():

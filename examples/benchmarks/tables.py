@@ -1,19 +1,22 @@
-"""Tables of the performance page, from the rows of data that the benchmarks wrote, into docs/_generated.
+"""Tables of measured numbers in README.md and docs/performance.md, made from the rows of data in `results/`.
 
-Nothing on that page is typed by hand, so it says what the files say. A file or column that is missing is an error.
+    python examples/benchmarks/tables.py
+
+rewrites what stands between `<!-- table NAME -->` and `<!-- end -->` in both, so that no number in a table is typed by
+hand; the tests compare. A file, a column or a row that is missing is an error.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from sphinx.application import Sphinx
-
-FOLDER = Path(__file__).parent.parent / "_generated"
-RESULTS = Path(__file__).parent.parent.parent / "examples" / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, str]
 
@@ -82,6 +85,12 @@ def cpu_speedups() -> str:
     return by_weight(read("cpu.csv"), lambda rows: speedups(rows, "pbjax", "pbjax sweep"))
 
 
+def cpu_few_rows() -> str:
+    """The same for few rows, which bitlayers are for."""
+    rows = [row for row in read("cpu.csv") if row["m"] in ("1", "8")]
+    return by_weight(rows, lambda rows: speedups(rows, "pbjax", "pbjax sweep"))
+
+
 def cpu_machine() -> str:
     """Where cpu.csv was measured."""
     rows = [row for row in read("cpu.csv") if row["method"] != "read"]
@@ -144,19 +153,26 @@ def xla_machine() -> str:
     return machine(only(read("matmul_cpu.csv"), k="4096"), "date", "cpu", "jax")
 
 
-def layer_speedups() -> str:
-    """Flax layers on bitlayers over the same layers on float32 weights."""
+def layer_speedups(kinds: str = "") -> str:
+    """Flax layers on bitlayers over the same layers on float32 weights; those whose names match `kinds`."""
     rows = read("layers_cpu.csv")
     packed = [row for row in rows if row["bitlayers"]]
     counts = sorted({int(row["bitlayers"]) for row in packed})
     lines = []
     for (layer,) in distinct(rows, "layer"):
+        if not re.match(kinds, layer):
+            continue
         time = next(row["median_us"] for row in only(rows, layer=layer) if not row["bitlayers"])
         for (width,) in distinct(only(packed, layer=layer), "activation_bits"):
             here = {int(row["bitlayers"]): row for row in only(packed, layer=layer, activation_bits=width)}
             cells = [number(here[count]["speedup_over_float"]) for count in counts]
             lines.append([layer, f"{float(time) / 1000:.2f}", activations(width), *cells])
     return table(["layer", "float, ms", "activations", *map(str, counts)], lines)
+
+
+def layer_dense() -> str:
+    """The layers that are products with one row."""
+    return layer_speedups("Dense|LSTM|GRU")
 
 
 def layer_machine() -> str:
@@ -166,24 +182,31 @@ def layer_machine() -> str:
 
 TABLES: tuple[Callable[[], str], ...] = (
     cpu_speedups,
+    cpu_few_rows,
     cpu_machine,
     cpu_others,
     cpu_fastest,
     xla_speedups,
     xla_machine,
     layer_speedups,
+    layer_dense,
     layer_machine,
 )
 
 
-def write(app: Sphinx, config: Any) -> None:
-    """Each table as a file to include."""
-    del app, config
-    FOLDER.mkdir(exist_ok=True)
-    for make in TABLES:
-        (FOLDER / f"{make.__name__}.md").write_text(make())
+def fill(page: str) -> str:
+    """The page with each of its tables made anew."""
+    tables = {make.__name__: make for make in TABLES}
+
+    def block(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in tables:
+            raise ValueError(f"tables are {', '.join(tables)}, but a page asks for {name!r}")
+        return f"{begin}\n{tables[name]()}\n{end}"
+
+    return BLOCK.sub(block, page)
 
 
-def setup(app: Sphinx) -> dict[str, Any]:
-    app.connect("config-inited", write)
-    return {"parallel_read_safe": True}
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(fill(path.read_text()))
