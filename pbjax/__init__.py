@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pallas_kernels.bit_matmul.contract import Problem as Problem
 from pallas_kernels.bit_matmul.contract import Unsupported as Unsupported
+from pbjax import files as files
 from pbjax._allocate import allocate as allocate
 from pbjax._allocation import Allocation as Allocation
 from pbjax._allocation import AllocationRow as AllocationRow
@@ -14,7 +15,6 @@ from pbjax._backends import Selection as Selection
 from pbjax._backends import select_backend as select_backend
 from pbjax._backends import use_backend as use_backend
 from pbjax._bit_tensor import BitTensor as BitTensor
-from pbjax._load import load as load
 from pbjax._matmul import matmul as matmul
 from pbjax._packed import Dequantized as Dequantized
 from pbjax._quantize import dequantize as dequantize
@@ -26,19 +26,19 @@ from pbjax._quantized import quantized as quantized
 from pbjax._report import Report as Report
 from pbjax._report import ReportRow as ReportRow
 from pbjax._report import report as report
-from pbjax._save import save as save
 from pbjax._specs import Spec as Spec
 from pbjax._sweep import sweep as sweep
+from pbjax.files._load import load as load
+from pbjax.files._save import save as save
 
 if TYPE_CHECKING:
-    from pbjax import files as files
     from pbjax import linen as linen
     from pbjax import nnx as nnx
     from pbjax import plot as plot
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`files`, `linen`, `nnx` and `plot`, imported when first asked for, the latter three with Flax and Matplotlib."""
-    if name in ("files", "linen", "nnx", "plot"):
+    """`linen`, `nnx` and `plot`, imported when first asked for, with Flax and with Matplotlib."""
+    if name in ("linen", "nnx", "plot"):
         return importlib.import_module(f"pbjax.{name}")
     raise AttributeError(f"module 'pbjax' has no attribute {name!r}")

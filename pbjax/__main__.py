@@ -16,7 +16,8 @@ import rich.table
 import rich.text
 
 import pbjax
-from pbjax import _files, files
+from pbjax import files
+from pbjax.files import _layout
 
 OK, DAMAGED, USAGE, SYSTEM = 0, 1, 2, 3  # exit codes
 
@@ -165,7 +166,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _check_target(arguments: argparse.Namespace) -> None:
-    there = [name for name in (arguments.target, arguments.target + _files.INDEX_SUFFIX) if os.path.exists(name)]
+    there = [name for name in (arguments.target, arguments.target + _layout.INDEX_SUFFIX) if os.path.exists(name)]
     if there and not arguments.force:
         raise ValueError(f"OUT must be a new file, but {there[0]} is there. Replace it with --force.")
 

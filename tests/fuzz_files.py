@@ -26,7 +26,8 @@ import numpy as np
 from flax import nnx
 
 import pbjax
-from pbjax import _files, files
+from pbjax import files
+from pbjax.files import _layout
 
 NASTY = [
     *(-1, 0, 1, 2, 3, 5, 31, 64, 255, 2**31 - 1, 2**31, 2**53, 2**62, 2**63, 2**64, 10**30, 1.5, 1e400, float("nan")),
@@ -83,7 +84,7 @@ def mutate_description(rng, data):
     """A header that says something else, with lengths and checksums that fit it."""
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    metadata = header[_files.METADATA]
+    metadata = header[_layout.METADATA]
     for key in ("pbjax.version", "pbjax.checksum"):
         del metadata[key]
     tree = json.loads(metadata["pbjax.tree"])
@@ -93,14 +94,14 @@ def mutate_description(rng, data):
         else:
             changed = change(rng, header)
             header = changed if isinstance(changed, dict) else header
-    metadata = header.pop(_files.METADATA, {})
+    metadata = header.pop(_layout.METADATA, {})
     if isinstance(metadata, dict):
         metadata["pbjax.tree"] = json.dumps(tree)
         if rng.random() < 0.5:
             metadata["pbjax.crc32"] = "".join(checksum_of(entry, body) for entry in header.values())
     else:
         metadata = {}
-    text = _files.seal({_files.METADATA: metadata, **header})
+    text = _layout.seal({_layout.METADATA: metadata, **header})
     if rng.random() < 0.1:
         body = mutate_bytes(rng, body)
     return len(text).to_bytes(8, "little") + text + body

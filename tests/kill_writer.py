@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 import pbjax
-from pbjax import _structure
-from pbjax._checkpoint import Checkpoint
+from pbjax.files import _structure
+from pbjax.files._checkpoint import Checkpoint
 
-WRITERS = ("_save.py", "_files.py")
+WRITERS = ("_save.py", "_layout.py")
 COMBINATIONS = [(None, None), (None, 400), (400, None), (400, 300), (400, 400)]  # max_shard_bytes of old and new
 
 

@@ -24,10 +24,11 @@ from flax.core import FrozenDict
 from hypothesis import strategies as st
 
 import pbjax
-from pbjax import _checkpoint, _files, files
+from pbjax import files
+from pbjax.files import _checkpoint, _layout
 from tests import fuzz_files
 
-DTYPES = sorted(_files.DTYPES.values(), key=str)
+DTYPES = sorted(_layout.DTYPES.values(), key=str)
 
 
 def normal(*shape, seed=0):
@@ -140,7 +141,7 @@ def test_dtypes_are_those_of_safetensors(path, dtype):
     array = np.arange(6).reshape(2, 3).astype(dtype)
     pbjax.save(path, {"a": array})
     ((name, view),) = safetensors.deserialize(path.read_bytes())
-    assert (name, _files.DTYPES[view["dtype"]], tuple(view["shape"])) == ("a", dtype, (2, 3))
+    assert (name, _layout.DTYPES[view["dtype"]], tuple(view["shape"])) == ("a", dtype, (2, 3))
     assert bytes(view["data"]) == array.tobytes()
     loaded = pbjax.load(path)["a"]
     assert loaded.dtype == dtype
@@ -159,7 +160,7 @@ def test_safetensors_library_reads_all_of_it(path):
     assert levels == sorted(levels)
     views = dict(safetensors.deserialize(path.read_bytes()))
     assert views.keys() == entries.keys()
-    assert _files.PADDING in views
+    assert _layout.PADDING in views
     kernel = tree["stack"]["kernel"]
     for i in range(8):
         words = np.frombuffer(views[f"stack/kernel/words/{i}"]["data"], np.uint32)
@@ -344,7 +345,7 @@ def test_index_of_several_files_is_hugging_faces(path):
     tensors = {}
     for shard in set(index["weight_map"].values()):
         with safetensors.safe_open(path.with_name(shard), "np") as file:
-            tensors.update(dict.fromkeys(set(file.keys()) - {_files.PADDING}, shard))
+            tensors.update(dict.fromkeys(set(file.keys()) - {_layout.PADDING}, shard))
     assert tensors == index["weight_map"]
     assert index["metadata"]["total_size"] >= sum(leaf.nbytes for leaf in jax.tree.leaves(packed_tree()))
     assert_same(pbjax.load(f"{path}.index.json"), packed_tree())
@@ -509,7 +510,7 @@ def whole_file(path):
 
 
 def forged(header, body):
-    text = _files.seal(header)
+    text = _layout.seal(header)
     return len(text).to_bytes(8, "little") + text + body
 
 
@@ -652,7 +653,7 @@ def test_damaged_index(path, damage, match):
     for key in ("pbjax.version", "pbjax.checksum"):
         del document["metadata"][key]
     damage(document, "x")
-    index.write_bytes(_files.seal(document))
+    index.write_bytes(_layout.seal(document))
     with pytest.raises(files.FileError, match=match):
         pbjax.load(path)
 
@@ -679,12 +680,12 @@ def test_verify_finds_all_damaged_tensors(path):
 def test_verify_reads_padding(path):
     pbjax.save(path, {"odd": np.ones(3, np.uint8), **packed_tree()})
     with _checkpoint.Source(str(path)) as source:
-        place = source.header.start + source.header.entries[_files.PADDING].begin
+        place = source.header.start + source.header.entries[_layout.PADDING].begin
     assert files.verify(path) == []
     data = bytearray(path.read_bytes())
     data[place] = 1
     path.write_bytes(data)
-    assert [error.tensor for error in files.verify(path)] == [_files.PADDING]
+    assert [error.tensor for error in files.verify(path)] == [_layout.PADDING]
 
 
 def test_damage_behind_the_prefix_is_not_read(path):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _checks, _files, _paths, _sharding, _structure
+from pbjax import _checks, _paths, _sharding
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
-from pbjax._checkpoint import Checkpoint
+from pbjax.files import _layout, _structure
+from pbjax.files._checkpoint import Checkpoint
 
 Index = tuple[slice, ...]
 
@@ -149,11 +150,11 @@ def load_leaf(file: Checkpoint, leaf: _structure.Leaf, bits: int | None, where: 
         case _structure.Array():
             data = file.read(leaf.name)
             if data.dtype != np.uint32 or data.ndim == 0:
-                raise _files.FileError(file.path, "is no data of random keys", leaf.name)
+                raise _layout.FileError(file.path, "is no data of random keys", leaf.name)
             try:
                 keys = jax.random.wrap_key_data(jnp.asarray(data), impl=leaf.impl)
             except (TypeError, ValueError) as error:
-                raise _files.FileError(file.path, f"is no data of random keys: {error}", leaf.name) from None
+                raise _layout.FileError(file.path, f"is no data of random keys: {error}", leaf.name) from None
             return keys if where is None else jax.device_put(keys, where)
 
 
@@ -173,7 +174,9 @@ def _load_packed(file: Checkpoint, leaf: _structure.Packed, bits: int | None, wh
     tensor = BitTensor(None, None, None, **leaf.truncated(kept).static)  # pyright: ignore[reportArgumentType]
     bitlayers = file.read(f"{leaf.name}/bitlayers")
     if bitlayers.size and (bitlayers.min() < 1 or bitlayers.max() > leaf.bits):
-        raise _files.FileError(file.path, f"must lie in 1..{leaf.bits}, the bitlayers stored", f"{leaf.name}/bitlayers")
+        raise _layout.FileError(
+            file.path, f"must lie in 1..{leaf.bits}, the bitlayers stored", f"{leaf.name}/bitlayers"
+        )
     bitlayers = np.minimum(bitlayers, kept)
     num_scales = min(kept, contract.NUM_SCALES)
 

@@ -1,4 +1,4 @@
-"""`nnx.State` and Flax's own Variables as plain data, for `pbjax._structure`."""
+"""`nnx.State` and Flax's own Variables as plain data, for `pbjax.files._structure`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.tree_util import DictKey
 
-from pbjax import _files, _structure
+from pbjax.files import _layout, _structure
 from pbjax.nnx import PackedParam
 
 # The only classes that a file brings to life. Others, as users derive them, are loaded into a tree that holds them.
@@ -70,15 +70,15 @@ def decode(kind: str, rest: list[Any], path: str, visit: Callable[[Any], Any]) -
                     case [str(key), data] if key.isidentifier():
                         metadata[key] = _decode_data(data, path)
                     case _:
-                        raise _files.FileError(path, f"metadata of a Variable is {str(item)[:100]}")
+                        raise _layout.FileError(path, f"metadata of a Variable is {str(item)[:100]}")
             if metadata.get("hijax") or metadata.get("ref"):
-                raise _files.FileError(path, "a Variable of its tree has no plain value")
+                raise _layout.FileError(path, "a Variable of its tree has no plain value")
             value = visit(child)
             try:
                 return _VARIABLES[name].from_metadata(value, metadata)
             except (KeyError, TypeError, ValueError) as error:
-                raise _files.FileError(path, f"a Variable of its tree cannot be made: {error!r}") from None
-    raise _files.FileError(path, f"its tree holds an unknown node: {str([kind, *rest])[:100]}")
+                raise _layout.FileError(path, f"a Variable of its tree cannot be made: {error!r}") from None
+    raise _layout.FileError(path, f"its tree holds an unknown node: {str([kind, *rest])[:100]}")
 
 
 def _encode_data(value: Any) -> list[Any]:
@@ -103,5 +103,5 @@ def _decode_data(data: Any, path: str) -> Any:
             try:
                 return jax.sharding.PartitionSpec(*(_decode_data(item, path) for item in items))
             except (TypeError, ValueError) as error:
-                raise _files.FileError(path, f"a PartitionSpec of its tree is wrong: {error}") from None
-    raise _files.FileError(path, f"metadata of a Variable is {str(data)[:100]}")
+                raise _layout.FileError(path, f"a PartitionSpec of its tree is wrong: {error}") from None
+    raise _layout.FileError(path, f"metadata of a Variable is {str(data)[:100]}")

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pbjax import _convert, _files, _load, _report, _structure
-from pbjax._checkpoint import Checkpoint
+from pbjax import _report
+from pbjax.files import _convert, _layout, _load, _structure
+from pbjax.files._checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def info(path: str | os.PathLike[str], *, errors: bool = False, progress: bool |
         rows = tuple(_leaf_info(file, leaf, errors) for leaf in leaves)
         return Info(
             path=file.path,
-            version=_files.FORMAT_VERSION,
+            version=_layout.FORMAT_VERSION,
             metadata=file.metadata,
             leaves=rows,
             num_bytes=sum(row.num_bytes for row in rows),
@@ -105,7 +106,7 @@ def _leaf_info(file: Checkpoint, leaf: _structure.Leaf, errors: bool) -> LeafInf
     )
 
 
-def verify(path: str | os.PathLike[str], *, progress: bool | None = None) -> list[_files.FileError]:
+def verify(path: str | os.PathLike[str], *, progress: bool | None = None) -> list[_layout.FileError]:
     """Reads all of a file that `pbjax.save` wrote and compares every tensor with its checksum and its description.
 
     Args:
@@ -121,21 +122,21 @@ def verify(path: str | os.PathLike[str], *, progress: bool | None = None) -> lis
 
     Cost: one tensor at a time, on the host.
     """
-    found: list[_files.FileError] = []
+    found: list[_layout.FileError] = []
     with Checkpoint(path) as file:
         for leaf in _convert.track(list(file.leaves.values()), "verify", progress):
             try:
                 if isinstance(leaf, _structure.Packed):
                     file.check_entries(leaf, leaf.bits)
-            except _files.FileError as error:
+            except _layout.FileError as error:
                 found.append(error)
             for name in _structure.tensor_names(leaf):
                 try:
                     file.read(name)
-                except _files.FileError as error:
+                except _layout.FileError as error:
                     found.append(error)
         try:
             file.read_padding()
-        except _files.FileError as error:
+        except _layout.FileError as error:
             found.append(error)
     return found

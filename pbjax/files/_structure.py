@@ -21,8 +21,9 @@ import numpy as np
 from jax.tree_util import DictKey, KeyPath, SequenceKey
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _bit_tensor, _checks, _files, _paths
+from pbjax import _bit_tensor, _checks, _paths
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
+from pbjax.files import _layout
 
 _KEY_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
 _STATIC = [field.name for field in dataclasses.fields(BitTensor) if field.metadata.get("static")]
@@ -114,7 +115,7 @@ def encode(tree: Any) -> tuple[list[Any], list[tuple[Leaf, Any]]]:
     """
     leaves: list[tuple[Leaf, Any]] = []
     node = _encode(tree, (), leaves)
-    names = {_files.PADDING, _files.METADATA}
+    names = {_layout.PADDING, _layout.METADATA}
     for leaf, _ in leaves:
         for name in tensor_names(leaf) or [leaf.name]:
             if name in names:
@@ -140,7 +141,7 @@ def _encode(value: Any, path: KeyPath, leaves: list[tuple[Leaf, Any]]) -> list[A
     if value is None:
         return ["none"]
     if "flax.nnx" in sys.modules:  # otherwise it is none of NNX's
-        from pbjax import _nnx_nodes
+        from pbjax.files import _nnx_nodes
 
         if (found := _nnx_nodes.encode(value, lambda child, below: _encode(child, path + below, leaves))) is not None:
             return found
@@ -193,7 +194,7 @@ def _leaf(name: str, value: Any) -> Leaf:
         if impl not in _KEY_IMPLS:
             raise TypeError(f"random keys must be of {', '.join(_KEY_IMPLS)}, but {name} is of {impl}.")
         return Array(name=name, impl=impl)
-    if value.dtype not in _files.DTYPE_NAMES:
+    if value.dtype not in _layout.DTYPE_NAMES:
         raise TypeError(
             f"leaves must be of a dtype that safetensors knows, but {name} is of {value.dtype}. Cast it first."
         )
@@ -262,15 +263,15 @@ def decode(node: Any, path: str, make: Callable[[Leaf], Any], *, like_given: boo
                     )
                 return [visit(child) for child in children]
             case [str(kind), *rest] if kind.startswith("nnx."):
-                from pbjax import _nnx_nodes
+                from pbjax.files import _nnx_nodes
 
                 return _nnx_nodes.decode(kind, rest, path, visit)
-        raise _files.FileError(path, f"its tree holds an unknown node: {str(node)[:100]}")
+        raise _layout.FileError(path, f"its tree holds an unknown node: {str(node)[:100]}")
 
     try:
         return visit(node)
     except RecursionError:
-        raise _files.FileError(path, "its tree is nested too deeply") from None
+        raise _layout.FileError(path, "its tree is nested too deeply") from None
 
 
 def decode_dict(items: list[Any], path: str, visit: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -281,12 +282,12 @@ def decode_dict(items: list[Any], path: str, visit: Callable[[Any], Any]) -> dic
             case [key, node]:
                 key = decode_key(key, path)
                 if key in result:
-                    raise _files.FileError(path, f"a dict of its tree has two keys {str(key)[:100]!r}")
+                    raise _layout.FileError(path, f"a dict of its tree has two keys {str(key)[:100]!r}")
                 result[key] = visit(node)
             case _:
-                raise _files.FileError(path, f"a dict of its tree holds {str(item)[:100]}")
+                raise _layout.FileError(path, f"a dict of its tree holds {str(item)[:100]}")
     if not _are_ordered(result):
-        raise _files.FileError(path, "a dict of its tree mixes kinds of keys")
+        raise _layout.FileError(path, "a dict of its tree mixes kinds of keys")
     return result
 
 
@@ -306,7 +307,7 @@ def decode_key(key: Any, path: str) -> Any:
             return tuple(decode_key(part, path) for part in parts)
         case str() | int() if type(key) is not bool:
             return key
-    raise _files.FileError(path, f"a dict of its tree has the key {str(key)[:100]!r}")
+    raise _layout.FileError(path, f"a dict of its tree has the key {str(key)[:100]!r}")
 
 
 def _decode_static(static: dict[str, Any], path: str, name: str) -> dict[str, Any]:
@@ -320,7 +321,7 @@ def _decode_static(static: dict[str, Any], path: str, name: str) -> dict[str, An
             raise ValueError("axes are no sensible integers")
         if sorted(axes["contract_axes"] + axes["output_axes"]) != list(range(len(sizes))):
             raise ValueError("contracted and output axes are not all axes")
-        dtype = next((d for d in _files.DTYPE_NAMES if d.name == static["dtype"]), None)
+        dtype = next((d for d in _layout.DTYPE_NAMES if d.name == static["dtype"]), None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype is {str(static['dtype'])[:40]!r}")
         group_size = static["group_size"]
@@ -336,4 +337,4 @@ def _decode_static(static: dict[str, Any], path: str, name: str) -> dict[str, An
             "activation_bits": _checks.activation_bits(static["activation_bits"], name),
         }
     except (TypeError, ValueError) as error:
-        raise _files.FileError(path, f"its description as a packed weight is wrong: {error}", name) from None
+        raise _layout.FileError(path, f"its description as a packed weight is wrong: {error}", name) from None

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _checks, _files, _structure
+from pbjax import _checks
 from pbjax._bit_tensor import BitTensor
+from pbjax.files import _layout, _structure
 
 _SHARD_NAME = "{}-[0-9a-f]{{8}}-[0-9]{{5}}-of-[0-9]{{5}}\\.safetensors"
 
@@ -108,14 +109,14 @@ class Writer:
         max_shard_bytes: int | None,
     ):
         self._path = _check_path(path)
-        self._index = Path(f"{path}{_files.INDEX_SUFFIX}")
+        self._index = Path(f"{path}{_layout.INDEX_SUFFIX}")
         _check_index(self._index)
         where = "argument of save"
         if max_shard_bytes is not None:
             max_shard_bytes = _checks.integer("max_shard_bytes", max_shard_bytes, 1, None, where)
         self._description = {"pbjax.tree": _compact(node), "pbjax.metadata": _metadata_text(metadata)}
         ordered = _order(leaves, tensors)
-        layouts = [_files.lay_out(part) for part in _parts(ordered, max_shard_bytes)]
+        layouts = [_layout.lay_out(part) for part in _parts(ordered, max_shard_bytes)]
         self._sharded = len(layouts) > 1
         description = {} if self._sharded else self._description
         self._shards: list[_Shard] = []
@@ -161,7 +162,7 @@ class Writer:
             now = set()
         else:
             # Names that depend on the contents: the files of an older index stay what they are.
-            token = _files.checksum("".join(checksums).encode())
+            token = _layout.checksum("".join(checksums).encode())
             num = len(self._shards)
             names = [f"{stem}-{token}-{i + 1:05d}-of-{num:05d}.safetensors" for i in range(num)]
             for shard, name in zip(self._shards, names, strict=True):
@@ -179,14 +180,14 @@ class Writer:
             tensor: name
             for name, shard in zip(checksums, self._shards, strict=True)
             for tensor in shard.entries
-            if tensor != _files.PADDING
+            if tensor != _layout.PADDING
         }
         total = sum(entry.end - entry.begin for shard in self._shards for entry in shard.entries.values())
         metadata = {"pbjax.shards": checksums, "total_size": total, **self._description}
         temporary = _temporary(index)
         try:
             with open(temporary, "xb") as file:
-                file.write(_files.seal({"metadata": metadata, "weight_map": weight_map}))
+                file.write(_layout.seal({"metadata": metadata, "weight_map": weight_map}))
                 _sync(file)
             os.replace(temporary, index)
             _sync_folder(index.parent)
@@ -202,27 +203,27 @@ class Writer:
 class _Shard:
     """One file under a temporary name."""
 
-    def __init__(self, path: Path, entries: dict[str, _files.Entry], description: Mapping[str, str]):
+    def __init__(self, path: Path, entries: dict[str, _layout.Entry], description: Mapping[str, str]):
         self.entries = entries
         self._description = description
         self._checksums: dict[str, str] = {}
         self._temporary = _temporary(path)
         self._start = len(self._header(dict.fromkeys(entries, "0" * 8)))
         self._file: BinaryIO = open(self._temporary, "xb")  # noqa: SIM115
-        if _files.PADDING in entries:
-            self.write(_files.PADDING, np.zeros(entries[_files.PADDING].shape, np.uint8))
+        if _layout.PADDING in entries:
+            self.write(_layout.PADDING, np.zeros(entries[_layout.PADDING].shape, np.uint8))
 
     def _header(self, checksums: Mapping[str, str]) -> bytes:
         joined = "".join(checksums[name] for name in self.entries)  # always as long, so it is written last
-        return _files.header_bytes(self.entries, {"pbjax.crc32": joined, **self._description})
+        return _layout.header_bytes(self.entries, {"pbjax.crc32": joined, **self._description})
 
     def write(self, name: str, array: np.ndarray) -> None:
         entry = self.entries[name]
         assert (array.dtype, array.shape) == (entry.dtype, entry.shape), name
-        data = _files.bytes_of(np.ascontiguousarray(array))
+        data = _layout.bytes_of(np.ascontiguousarray(array))
         self._file.seek(self._start + entry.begin)
         self._file.write(data)
-        self._checksums[name] = _files.checksum(data)
+        self._checksums[name] = _layout.checksum(data)
 
     def finish(self) -> str:
         """Writes the header and waits for the disk; returns the header's checksum."""
@@ -231,7 +232,7 @@ class _Shard:
         self._file.write(header)
         _sync(self._file)
         self._file.close()
-        return _files.check_seal(header[8:], _files.METADATA, str(self._temporary))
+        return _layout.check_seal(header[8:], _layout.METADATA, str(self._temporary))
 
     def move(self, path: Path) -> None:
         os.replace(self._temporary, path)
@@ -299,11 +300,11 @@ def _check_path(path: str) -> Path:
         raise IsADirectoryError(f"`path` must name a file, but {path!r} is a folder. Add a file name.")
     if not os.path.basename(path):
         raise ValueError(f"`path` must name a file, but got {path!r}.")
-    if path.endswith(_files.INDEX_SUFFIX):
-        stem = path.removesuffix(_files.INDEX_SUFFIX)
+    if path.endswith(_layout.INDEX_SUFFIX):
+        stem = path.removesuffix(_layout.INDEX_SUFFIX)
         raise ValueError(
-            f"`path` must not end in {_files.INDEX_SUFFIX}, but got {path!r}. Give {stem!r}, and `max_shard_bytes` for "
-            "several files; their index gets its name from it."
+            f"`path` must not end in {_layout.INDEX_SUFFIX}, but got {path!r}. Give {stem!r}, and `max_shard_bytes` "
+            "for several files; their index gets its name from it."
         )
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise FileNotFoundError(f"`path` must lie in a folder that is there, but got {path!r}. Make the folder first.")
@@ -315,7 +316,7 @@ def _check_index(index: Path) -> None:
     if not os.path.exists(index):
         return
     with open(index, "rb") as file:
-        if not _files.is_sealed(file.read(100), "metadata"):
+        if not _layout.is_sealed(file.read(100), "metadata"):
             raise ValueError(
                 f"`path` must not have an index of another program beside it, which `load` would read instead, but "
                 f"{index} is there. Remove it, or choose another name."
@@ -332,9 +333,9 @@ def _shards_in(index: Path) -> list[str]:
         return []
     try:
         text = index.read_bytes()
-        _files.check_seal(text, "metadata", str(index))
-        return list(_files.parse_json(text, str(index))["metadata"]["pbjax.shards"])
-    except (FileNotFoundError, _files.FileError):
+        _layout.check_seal(text, "metadata", str(index))
+        return list(_layout.parse_json(text, str(index))["metadata"]["pbjax.shards"])
+    except (FileNotFoundError, _layout.FileError):
         return []
 
 

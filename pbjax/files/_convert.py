@@ -16,10 +16,11 @@ import rich.console
 import rich.progress
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _bit_tensor, _checks, _files, _paths, _quantize, _report, _save, _specs, _structure
+from pbjax import _bit_tensor, _checks, _paths, _quantize, _report, _specs
 from pbjax._bit_tensor import BitTensor
-from pbjax._checkpoint import Checkpoint, Source
 from pbjax._specs import Spec
+from pbjax.files import _layout, _save, _structure
+from pbjax.files._checkpoint import Checkpoint, Source
 
 Renaming = str | tuple[str, tuple[int, ...]] | None
 T = TypeVar("T")
@@ -166,21 +167,21 @@ def truncate(
 
 def is_ours(path: str) -> bool:
     """Whether a file, or the index beside it, begins as `pbjax.save` begins it; a damaged beginning does not."""
-    index = path if path.endswith(_files.INDEX_SUFFIX) else path + _files.INDEX_SUFFIX
+    index = path if path.endswith(_layout.INDEX_SUFFIX) else path + _layout.INDEX_SUFFIX
     is_index = os.path.exists(index)
     with open(index if is_index else path, "rb") as file:
         text = file.read(100)
-    return _files.is_sealed(text, "metadata") if is_index else _files.is_sealed(text[8:], _files.METADATA)
+    return _layout.is_sealed(text, "metadata") if is_index else _layout.is_sealed(text[8:], _layout.METADATA)
 
 
 def _resolve(path: str) -> str:
     """The file that a folder stands for."""
     if not os.path.isdir(path):
         return path
-    for name in (f"model.safetensors{_files.INDEX_SUFFIX}", "model.safetensors"):
+    for name in (f"model.safetensors{_layout.INDEX_SUFFIX}", "model.safetensors"):
         if os.path.exists(found := os.path.join(path, name)):
             return found
-    raise FileNotFoundError(f"{path} holds neither model.safetensors nor model.safetensors{_files.INDEX_SUFFIX}")
+    raise FileNotFoundError(f"{path} holds neither model.safetensors nor model.safetensors{_layout.INDEX_SUFFIX}")
 
 
 class _Floats:
@@ -189,7 +190,7 @@ class _Floats:
     def __init__(self, path: str, rename: Mapping[str, Renaming]):
         self.path = path
         self._sources: dict[str, Source] = {}
-        index = path if path.endswith(_files.INDEX_SUFFIX) else path + _files.INDEX_SUFFIX
+        index = path if path.endswith(_layout.INDEX_SUFFIX) else path + _layout.INDEX_SUFFIX
         try:
             file_of = self._read_index(index) if os.path.exists(index) else {}
             if not file_of:
@@ -204,18 +205,18 @@ class _Floats:
 
     def _read_index(self, index: str) -> dict[str, str]:
         with open(index, "rb") as file:
-            document = _files.parse_json(file.read(_files.MAX_HEADER_BYTES), index)
+            document = _layout.parse_json(file.read(_layout.MAX_HEADER_BYTES), index)
         weight_map = document.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise _files.FileError(index, "an index must hold a weight_map")
+            raise _layout.FileError(index, "an index must hold a weight_map")
         for name, shard in weight_map.items():
-            if not _files.is_plain_name(shard):
-                raise _files.FileError(index, f"files must lie beside the index, but got {str(shard)[:100]!r}", name)
+            if not _layout.is_plain_name(shard):
+                raise _layout.FileError(index, f"files must lie beside the index, but got {str(shard)[:100]!r}", name)
             path = os.path.join(os.path.dirname(index), shard)
             if path not in self._sources:
                 self._sources[path] = Source(path)
             if name not in self._sources[path].header.entries:
-                raise _files.FileError(path, "is not there, though the index lists it", name)
+                raise _layout.FileError(path, "is not there, though the index lists it", name)
         return {name: os.path.join(os.path.dirname(index), shard) for name, shard in weight_map.items()}
 
     def _rename(self, file_of: Mapping[str, str], patterns: _paths.Patterns[Renaming]) -> None:
@@ -229,7 +230,7 @@ class _Floats:
             rank = len(self._sources[file].header.entries[name].shape)
             if axes is not None and sorted(axes) != list(range(rank)):
                 raise ValueError(f"`rename` must order all {rank} axes of {name}, but got {axes}.")
-            if path in (_files.PADDING, _files.METADATA):
+            if path in (_layout.PADDING, _layout.METADATA):
                 raise ValueError(
                     f"`rename` must give each tensor a name that is not reserved, but {name} comes to {path!r}. Give "
                     "it another name, or None to leave it out."
@@ -238,7 +239,7 @@ class _Floats:
                 raise ValueError(f"`rename` must give each tensor a path of its own, but two come to {path}.")
             self._tensors[path] = file, name, axes
 
-    def entry(self, name: str) -> _files.Entry:
+    def entry(self, name: str) -> _layout.Entry:
         """Dtype and shape of a tensor, with its axes in the order wanted."""
         file, tensor, axes = self._tensors[name]
         entry = self._sources[file].header.entries[tensor]
