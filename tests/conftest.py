@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported; JAX_PLA
 
 import hypothesis
 import jax
+import pytest
 
 # No silent widening of dtypes or ranks, in the tests or in the library.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -19,3 +20,9 @@ hypothesis.settings.register_profile(
     "ci", parent=hypothesis.settings.get_profile("dev"), derandomize=True, database=None
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a file may be saved, alone in its folder."""
+    return tmp_path / "model.safetensors"
