@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.bit_matmul import activations
+from pallas_kernels.bit_matmul import activations, limbs
 
 _LARGE = 2.0**64
 
@@ -42,6 +42,8 @@ def on_codes(
     else:
         if quantize:
             codes, unit, poison = quantize(x)
+            if isinstance(codes, limbs.Packed):  # for a kernel, which finishes its rows itself
+                return run(codes._replace(steps=(unit, poison)))
         else:
             codes, unit, finite = activations.quantize_rows(x, activation_bits, axes)
             poison = activations.poison(finite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,10 @@ def emulated(monkeypatch):
 
 
 # Traced in tests that use `emulated` only.
-emulated_matmul = jax.jit(mosaic.matmul, static_argnums=0, static_argnames="config")
-emulated_prefixes = jax.jit(mosaic.prefixes, static_argnums=0, static_argnames="config")
+emulated_matmul, emulated_prefixes = (
+    jax.jit(functools.partial(run, interpret=True), static_argnums=0, static_argnames="config")
+    for run in (mosaic.matmul, mosaic.prefixes)
+)
 expected_matmul = jax.jit(reference.matmul, static_argnums=0)
 
 

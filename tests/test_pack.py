@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,23 @@ def test_products_take_packed_rows(case):
     limit = jnp.int32(case.bits)
     y = jax.jit(lambda *a: triton.prefixes(problem, *a, **options))(packed, words, scale, limit)
     np.testing.assert_array_equal(y, reference.prefixes(problem, codes, words, scale, limit))
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_products_finish_their_rows(group_size):
+    """Multiplied by the step, and NaN where the row is not finite, as the caller would."""
+    case = dataclasses.replace(CASES["blocks_of_rows"], group_size=group_size)
+    problem = case.problem
+    words = jax.random.bits(jax.random.key(0), (case.bits, problem.num_words, case.n), jnp.uint32)
+    scale = jax.random.normal(jax.random.key(1), (4, problem.groups, case.n))
+    packed, unit, poison = pack_triton(case, rows(case).at[2, 7].set(jnp.inf))
+    last = jnp.full((case.m,), case.bits, jnp.int32), jnp.int32(case.bits)
+    for run, bitlayers in zip((triton.matmul, triton.prefixes), last, strict=True):
+        product = jax.jit(functools.partial(run, problem, config=case.triton, interpret=True))
+        y = product(packed, words, scale, bitlayers)
+        finished = product(packed._replace(steps=(unit, poison)), words, scale, bitlayers)
+        np.testing.assert_array_equal(finished, np.asarray(y) * np.asarray(unit)[:, None] + np.asarray(poison)[:, None])
+        assert np.isnan(finished).any()
 
 
 def test_many_rows_stay_codes():

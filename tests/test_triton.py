@@ -43,6 +43,8 @@ FIXED_POINT = {
     "three_activation_limbs": Case(m=1, k=200, n=4, bits=2, activation_bits=24),
     "groups_of_a_word": Case(m=2, k=96, n=3, bits=4, activation_bits=5, group_size=32),
     "short_last_group": Case(m=2, k=230, n=3, bits=5, activation_bits=8, group_size=96),
+    "seventeen_groups": Case(m=2, k=32 * 17, n=70, bits=9, activation_bits=4, group_size=32),
+    "many_parts": Case(m=1, k=32 * 37, n=5, bits=3, activation_bits=9, cut={"block_words": 1, "num_blocks": 1}),
     "many_blocks": Case(m=3, k=32 * 21, n=5, bits=3, activation_bits=4, cut={"num_blocks": 3}),
     "two_words_at_a_time": Case(
         m=1, k=32 * 9, n=5, bits=10, activation_bits=4, cut={"block_words": 2, "num_blocks": 2}
@@ -116,7 +118,7 @@ def test_fixed_point_has_the_bits_of_the_reference(case):
 
 @pytest.mark.parametrize(
     "case",
-    [FIXED_POINT[name] for name in ("rows_past_a_block", "two_words_at_a_time", "short_last_group")]
+    [FIXED_POINT[name] for name in ("rows_past_a_block", "two_words_at_a_time", "seventeen_groups", "many_parts")]
     + [MANY_ROWS[name] for name in ("two_limbs_of_both", "more_parts_than_blocks", "two_segments", "groups_of_a_word")]
     + [Case(m=5, k=31, n=3, bits=8, activation_bits=24, cut=SMALL)],
     ids=str,

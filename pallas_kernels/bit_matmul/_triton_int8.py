@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_codes, contract, epilogue, limbs
+from pallas_kernels.bit_matmul import _triton_codes, _triton_epilogue, contract, epilogue, limbs
 
 HALF = 128  # what makes 0..255 signed
 
@@ -96,6 +96,25 @@ def matmul(
     return _sorted_matmul(problem, codes[order], words, scale, bitlayers[order], config, interpret)[rank]
 
 
+def prefixes(
+    problem: contract.Problem,
+    codes: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    limit: jax.Array,
+    *,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """The product at every number of bitlayers up to `limit`, int32[], in one launch: a program has one number.
+
+    codes: int32[m, 32 * num_words], 0 past k. f32[bits, m, n].
+    """
+    config = dataclasses.replace(config, parts=None)
+    parts = limbs.split(codes, problem.activation_limbs)
+    return _launch(problem, parts, sum_rows(problem, parts), words, scale, limit, config, interpret)
+
+
 def _order(bitlayers: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows by their number of bitlayers, and the place of each row among them. int32[m] each."""
     row = jnp.arange(bitlayers.shape[0], dtype=jnp.int32)
@@ -121,23 +140,52 @@ def _sorted_matmul(
 ) -> jax.Array:
     parts = limbs.split(codes, problem.activation_limbs)
     row_sums = sum_rows(problem, parts)
+    out = _launch(problem, parts, row_sums, words, scale, bitlayers, config, interpret)
+    if config.parts is None:
+        return out
+    return _triton_epilogue.finish(
+        problem,
+        out,
+        row_sums,
+        scale,
+        bitlayers,
+        parts=config.parts,
+        place=lambda c, part, a, row, channels: (part, c * problem.activation_limbs + a, row, channels),
+        signed=True,
+        interpret=interpret,
+    )
+
+
+def _launch(
+    problem: contract.Problem,
+    parts: jax.Array,
+    row_sums: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """What the kernel writes, of int32[limbs, m, 32 * num_words]; all prefixes where `bitlayers` is their limit."""
+    sweep = bitlayers.ndim == 0
     # What its first and last words are, of each segment, and its first segment, of each group; one more ends the last.
     spans = segment_spans(problem)
     first_segment = np.searchsorted([group for group, _, _ in problem.segments], np.arange(problem.groups + 1))
-    split = config.parts is not None
     if config.parts is not None:
         spans = split_spans(spans, config.block_words, config.parts)
         num_sums = len(problem.code_limbs) * problem.activation_limbs
         out_shape = jax.ShapeDtypeStruct((len(spans), num_sums, problem.m, problem.n), jnp.int32)
+        num = len(spans)
     else:
-        out_shape = jax.ShapeDtypeStruct((problem.m, problem.n), jnp.float32)
-    out = _compat.triton_call(
-        functools.partial(_kernel, problem=problem, config=config),
+        num = problem.bits if sweep else 1
+        out_shape = jax.ShapeDtypeStruct((problem.bits,) * sweep + (problem.m, problem.n), jnp.float32)
+    return _compat.triton_call(
+        functools.partial(_kernel, problem=problem, config=config, sweep=sweep),
         name="bit_matmul_int8",
         grid=(
             pl.cdiv(problem.n, config.block_n),
             pl.cdiv(problem.m, config.block_rows),
-            len(spans) if split else 1,
+            num,
         ),
         out_shape=out_shape,
         num_warps=config.num_warps,
@@ -148,20 +196,14 @@ def _sorted_matmul(
         jnp.asarray(first_segment.astype(np.int32)),
         _triton_codes.arrange(signed(parts)),
         row_sums,
-        bitlayers,
+        jnp.atleast_1d(bitlayers),
         words,
         scale,
     )
-    if config.parts is None:
-        return out
-    sums = out.reshape(len(problem.segments), config.parts, *out.shape[1:]).sum(axis=1)
-    sums = sums.reshape(len(problem.segments), len(problem.code_limbs), problem.activation_limbs, problem.m, problem.n)
-    centred = jnp.swapaxes(2 * sums + row_sums[:, None, :, :, None], 1, 2)
-    return epilogue.scale_segments(problem, centred, scale, bitlayers)
 
 
 def num_sums(problem: contract.Problem, config: Config) -> int:
-    """Integers that the programs write and XLA adds."""
+    """Integers that the programs write and `_triton_epilogue` adds."""
     num_parts = len(problem.segments) * (config.parts or 0)
     return num_parts * len(problem.code_limbs) * problem.activation_limbs * problem.m * problem.n
 
@@ -173,6 +215,9 @@ def segment_spans(problem: contract.Problem) -> np.ndarray:
 
 def sum_rows(problem: contract.Problem, limb_codes: jax.Array) -> jax.Array:
     """int32[limbs, m, 32 * num_words] -> int32[segments, limbs, m]."""
+    if len({stop - start for _, start, stop in problem.segments}) == 1:  # one reduction, however many
+        sums = limb_codes.reshape(*limb_codes.shape[:2], len(problem.segments), -1).sum(axis=-1)
+        return jnp.moveaxis(sums, 2, 0)
     return jnp.stack(
         [
             limb_codes[..., start * contract.WORD_BITS : stop * contract.WORD_BITS].sum(axis=-1)
@@ -194,20 +239,34 @@ def signed(parts: jax.Array) -> jax.Array:
     return jnp.concatenate([parts[:1], parts[1:] - HALF]).astype(jnp.int8)
 
 
-def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, problem: contract.Problem, config: Config):
-    """One block of channels, one block of rows, and all words or one part of them.
+def _kernel(
+    spans,
+    first_segment,
+    x,
+    row_sums,
+    counts,
+    words,
+    scale,
+    out,
+    *,
+    problem: contract.Problem,
+    config: Config,
+    sweep: bool,
+):
+    """One block of channels, one block of rows, and all words or one part of them; of a sweep, one number of bitlayers.
 
     Args:
       spans: [segments or parts, 2] int32, the words of each
       first_segment: [groups + 1] int32
       x: [activation limbs, m, 32 * num_words] int8
       row_sums: [segments, activation limbs, m] int32
-      counts: [m] int32
+      counts: [m] int32, of a sweep [1], the limit
       words: [bits, num_words, n] uint32
       scale: [min(bits, 4), groups, n] f32
-      out: [m, n] f32, or with parts [parts, code limbs * activation limbs, m, n] int32
+      out: [m, n] f32, of a sweep [bits, m, n], or with parts [parts, code limbs * activation limbs, m, n] int32
       problem: the product.
       config: how it is cut.
+      sweep: all prefixes.
     """
     # Read here: inside of a loop interpret mode does not know them.
     first_channel, first_row, part = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
@@ -325,7 +384,16 @@ def _kernel(spans, first_segment, x, row_sums, counts, words, scale, out, *, pro
         """
         return pl.ds(first_row + spans[0, 0], config.block_rows)
 
-    lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
+    if not sweep:
+        lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
+        return
+
+    @pl.when(part < counts[0])
+    def _():
+        masks = [] if row_inside is None else [row_inside[:, None]]
+        masks += [] if inside is None else [inside[None, :]]
+        mask = _triton_codes.all_of((config.block_rows, config.block_n), masks)
+        _compat.triton_store(out.at[part, rows_again(), channels], product(part + 1), mask=mask)
 
 
 def load_activations(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:

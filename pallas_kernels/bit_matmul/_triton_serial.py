@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_pack, contract, limbs
+from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, limbs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def config_for(problem: contract.Problem) -> Config:
 def quantize_rows(
     problem: contract.Problem, x: jax.Array, *, config: Config, interpret: bool
 ) -> tuple[limbs.Packed, jax.Array, jax.Array]:
-    """`activations.quantize_rows` in one kernel. x: float[m, k]; the codes are those that `limb_sums` takes."""
+    """`activations.quantize_rows` in one kernel. x: float[m, k]; the codes are those that `matmul` takes."""
     cut, bits = _cut(problem, config), problem.fixed_point_bits
     num_words, rows = cut.index.size, problem.m + -problem.m % config.block_rows
     layout = _triton_pack.Layout(
@@ -84,30 +84,31 @@ def quantize_rows(
     return _triton_pack.quantize_rows(problem, x, layout, interpret=interpret)
 
 
-def limb_sums(
+def matmul(
     problem: contract.Problem,
     codes: jax.Array | limbs.Packed,
     words: jax.Array,
+    scale: jax.Array,
     bitlayers: jax.Array,
     *,
     sweep: bool,
     config: Config,
     interpret: bool,
 ) -> jax.Array:
-    """sum_k q_a * (2 * c_c - (2**w_c - 1)) for each limb a of the activations and c of the weights.
+    """The product of the contract.
 
     Args:
       problem: the product.
       codes: int32[m, 32 * num_words], 0 past k, or what `quantize_rows` makes of rows.
       words: uint32[bits, num_words, n].
+      scale: f32[min(bits, 4), groups, n].
       bitlayers: int32[m].
-      sweep: also after every number of bitlayers up to max(bitlayers), which is then the same for all rows.
+      sweep: at every number of bitlayers up to max(bitlayers), which is then the same for all rows.
       config: how to cut it.
       interpret: run on the CPU, as JAX operations.
 
     Returns:
-      int32[segments, activation limbs, code limbs, m, n], or with `sweep` [segments, bits, activation limbs, m, n],
-      after each bitlayer those of the code limb that it belongs to.
+      f32[m, n], or with `sweep` f32[bits, m, n].
     """
     cut = _cut(problem, config)
     padding = -problem.m % config.block_rows
@@ -117,7 +118,7 @@ def limb_sums(
         codes = limbs.Packed(bits=packed, row_sums=_row_sums(problem, bits))
     packed = codes.bits
     num_kept = problem.bits if sweep else len(problem.code_limbs)
-    parts = _compat.triton_call(
+    sums = _compat.triton_call(
         functools.partial(_kernel, problem=problem, config=config, sweep=sweep),
         name="bit_matmul_serial",
         grid=(pl.cdiv(problem.n, config.block_n), len(cut.first_words), packed.shape[0] // config.block_rows),
@@ -128,8 +129,17 @@ def limb_sums(
         num_stages=config.num_stages,
         interpret=interpret,
     )(None if cut.is_even else jnp.asarray(cut.first_words), packed, jnp.pad(bitlayers, (0, padding)), words)
-    parts = parts[:, :, :, : problem.m].reshape(len(problem.segments), -1, *parts.shape[1:3], problem.m, problem.n)
-    return _centre(problem, parts.sum(axis=1), codes.row_sums, bitlayers, sweep)
+    return _triton_epilogue.finish(
+        problem,
+        sums,
+        codes.row_sums,
+        scale,
+        None if sweep else bitlayers,
+        steps=codes.steps,
+        parts=len(cut.first_words) // len(problem.segments),
+        place=lambda slot, part, limb, row, channels: (part, slot, limb, row, channels),
+        interpret=interpret,
+    )
 
 
 def _kernel(first_words, packed, counts, words, out, *, problem: contract.Problem, config: Config, sweep: bool):
@@ -305,24 +315,6 @@ def _cut(problem: contract.Problem, config: Config) -> _Cut:
         index=np.minimum(index, problem.num_words - 1).reshape(-1),
         inside=(index < last[:, None]).reshape(-1),
     )
-
-
-def _centre(
-    problem: contract.Problem, sums: jax.Array, row_sums: jax.Array, bitlayers: jax.Array, sweep: bool
-) -> jax.Array:
-    """2 * sum - (2**w - 1) * row_sum: from unsigned codes to the centres of their cells.
-
-    sums: int32[segments, code limbs, activation limbs, m, n], with `sweep` bits instead of code limbs.
-    row_sums: int32[segments, activation limbs, m].
-    """
-    if sweep:
-        first = [first for first, last in problem.code_limbs for _ in range(first, last)]
-        used = jnp.arange(1, problem.bits + 1, dtype=jnp.int32)[:, None] - jnp.array(first, jnp.int32)[:, None]
-    else:
-        used = jnp.stack([jnp.clip(bitlayers - first, 0, last - first) for first, last in problem.code_limbs])
-    lowest = ((1 << used) - 1)[None, :, None, :, None]
-    centred = 2 * sums - lowest * row_sums[:, None, :, :, None]
-    return centred if sweep else jnp.swapaxes(centred, 1, 2)
 
 
 def _row_sums(problem: contract.Problem, packed: jax.Array) -> jax.Array:

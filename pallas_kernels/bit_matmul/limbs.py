@@ -16,10 +16,13 @@ class Packed(NamedTuple):
     Attributes:
       bits: uint32, packed in the order of that kernel.
       row_sums: int32[segments, activation limbs, m], the sums of each limb of the codes.
+      steps: unit and poison of each row, f32[m] each, for a product that is finished: multiplied by the one, the other
+        added. None for that of the contract.
     """
 
     bits: jax.Array
     row_sums: jax.Array
+    steps: tuple[jax.Array, jax.Array] | None = None
 
 
 def split(codes: jax.Array, num: int) -> jax.Array:

@@ -3,11 +3,11 @@
 One `mma` counts the bits that 16 channels of one bitlayer and the 8 bits of one limb of one row have in common, over
 256 k. Native on Hopper (sm_90); sm_100 and later emulate it, still exactly. The kernel (`_mosaic_kernel`) returns exact
 integers. Rows are quantized and packed into the registers' order before it, in one kernel (`_triton_pack`, or by XLA
-where codes are given); after it XLA adds the splits of k, and limbs become floats as in every backend (`epilogue`).
+where codes are given); after it another one adds the splits of k and makes floats of them (`_triton_epilogue`).
 
-k is split among the 4 warps of a program, which add their sums in shared memory, and among programs, whose sums XLA
-adds: integers, so exact in any order, without atomics or a zeroed output. What this writes and reads again is
-8 * rows * limbs bytes per channel and split, beside 4 * bitlayers * (words of the split) bytes of weights: with one
+k is split among the 4 warps of a program, which add their sums in shared memory, and among programs, whose sums are
+added after them: integers, so exact in any order, without atomics or a zeroed output. What this writes and reads again
+is 8 * rows * limbs bytes per channel and split, beside 4 * bitlayers * (words of the split) bytes of weights: with one
 row of 16 bits and 2 bitlayers 3 %.
 """
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bit_matmul import _triton_pack, contract, epilogue, limbs, tuned
+from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, limbs, tuned
 from pallas_kernels.bit_matmul._mosaic_kernel import LANES, LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
 
 # Cost grows with rows * limbs and bitlayers: beyond this `triton` unpacks the weights for the int8 tensor core instead,
@@ -124,17 +124,18 @@ def matmul(
     bitlayers: jax.Array,
     *,
     config: Config | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """The product of the contract. `config` never shows in it; it defaults to what was measured, or `config_for`."""
+    """The product of the contract. `config` never shows in it; it defaults to what was measured, or `config_for`.
+
+    `interpret` runs what Triton compiles on the CPU, as JAX operations, but not the kernel of this module.
+    """
     if 0 in (problem.m, problem.k, problem.n):
         return jnp.zeros((problem.m, problem.n), jnp.float32)
     plan = _plan(problem, config, sweep=False)
     packed = _pack(plan, x)
-    sums = _sums(plan, packed.bits, words, bitlayers)  # [code limbs, segments, activation limbs, m, n]
-    firsts = jnp.array([first for first, _ in problem.code_limbs])
-    used = jnp.clip(bitlayers[None] - firsts[:, None], 0, contract.LIMB_BITS)  # [code limbs, m]
-    values = _center(packed, sums, used)
-    return _to_float(problem, values, scale, bitlayers)
+    sums = _launch(plan, packed.bits, words, bitlayers)
+    return _finish(plan, packed, sums, scale, bitlayers, interpret)
 
 
 def prefixes(
@@ -145,18 +146,16 @@ def prefixes(
     limit: jax.Array,
     *,
     config: Config | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """The product at every number of bitlayers up to `limit`, from one pass over the words."""
+    """The product at every number of bitlayers up to `limit`, from one pass over the words. Options as of `matmul`."""
     if 0 in (problem.m, problem.k, problem.n):
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
     plan = _plan(problem, config, sweep=True)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
     packed = _pack(plan, x)
-    sums = _sums(plan, packed.bits, words, jnp.full((problem.m,), limit))  # [bits, segments, activation limbs, m, n]
-    position = np.arange(problem.bits) % contract.LIMB_BITS + 1
-    used = jnp.broadcast_to(jnp.array(position, jnp.int32)[:, None], (problem.bits, problem.m))
-    running = jnp.swapaxes(_center(packed, sums, used), 0, 1)
-    return epilogue.scale_prefixes(problem, running, scale)
+    sums = _launch(plan, packed.bits, words, jnp.full((problem.m,), limit))
+    return _finish(plan, packed, sums, scale, None, interpret)
 
 
 def _plan(problem: contract.Problem, config: Config | None, *, sweep: bool) -> Plan:
@@ -173,19 +172,33 @@ def _pack(plan: Plan, x: jax.Array | limbs.Packed) -> limbs.Packed:
     return limbs.Packed(bits=bits, row_sums=_row_sums(plan, bits))
 
 
-def _sums(plan: Plan, packed: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
-    """x . code of each slot, segment and limb. int32[slots, segments, activation limbs, m, n]."""
+def _launch(plan: Plan, packed: jax.Array, words: jax.Array, bitlayers: jax.Array) -> jax.Array:
+    """x . code of each slot, split of k, row and limb. int32[slots, splits, row blocks * row limbs, n]."""
     from pallas_kernels.bit_matmul import _mosaic_gpu  # Mosaic GPU is imported where it is used, and nowhere else
 
-    return add_splits(plan, _mosaic_gpu.launch(plan, words, packed, counts(plan, bitlayers)))
+    return _mosaic_gpu.launch(plan, words, packed, counts(plan, bitlayers))
 
 
-def add_splits(plan: Plan, sums: jax.Array) -> jax.Array:
-    """int32[slots, splits, row blocks * row limbs, n] -> int32[slots, segments, activation limbs, m, n]."""
-    problem = plan.problem
-    sums = sums.reshape(plan.slots, -1, plan.segment_splits, *sums.shape[2:]).sum(axis=2)
-    sums = sums.reshape(*sums.shape[:2], -1, problem.activation_limbs, problem.n)[:, :, : problem.m]
-    return jnp.swapaxes(sums, 2, 3)
+def _finish(
+    plan: Plan,
+    packed: limbs.Packed,
+    sums: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array | None,
+    interpret: bool,
+) -> jax.Array:
+    num_limbs = plan.problem.activation_limbs
+    return _triton_epilogue.finish(
+        plan.problem,
+        sums,
+        packed.row_sums,
+        scale,
+        bitlayers,
+        steps=packed.steps,
+        parts=plan.segment_splits,
+        place=lambda slot, part, limb, row, channels: (slot, part, row * num_limbs + limb, channels),
+        interpret=interpret,
+    )
 
 
 def counts(plan: Plan, bitlayers: jax.Array) -> jax.Array:
@@ -255,13 +268,3 @@ def _row_sums(plan: Plan, packed: jax.Array) -> jax.Array:
     sums = jnp.sum(ones * weights.astype(np.int32).reshape(1, 1, 1, 1, *weights.shape, 1), axis=(2, 5, 6))
     sums = jnp.transpose(sums, (1, 3, 0, 2)).reshape(len(problem.segments), problem.activation_limbs, -1)
     return sums[..., : problem.m]
-
-
-def _center(packed: limbs.Packed, sums: jax.Array, used: jax.Array) -> jax.Array:
-    """2 * (q . c) - (2**used - 1) * sum_k q, exact. int32[slots, segments, activation limbs, m, n]."""
-    return 2 * sums - ((1 << used) - 1)[:, None, None, :, None] * packed.row_sums[None, ..., None]
-
-
-def _to_float(problem: contract.Problem, values: jax.Array, scale: jax.Array, bitlayers: jax.Array) -> jax.Array:
-    """values: int32[code limbs, segments, activation limbs, m, n] -> f32[m, n]."""
-    return epilogue.scale_segments(problem, jnp.transpose(values, (1, 2, 0, 3, 4)), scale, bitlayers)

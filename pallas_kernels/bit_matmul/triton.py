@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.bit_matmul import (
     _triton_dot,
@@ -156,8 +155,9 @@ def _matmul(
     if isinstance(config, Int8Config):
         return _triton_int8.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
     if isinstance(config, SerialConfig):
-        sums = _triton_serial.limb_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
-        return epilogue.scale_segments(problem, sums, scale, bitlayers)
+        return _triton_serial.matmul(
+            problem, x, words, scale, bitlayers, sweep=False, config=config, interpret=interpret
+        )
     if isinstance(config, UnpackConfig):
         return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
     sums = _triton_dot.group_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
@@ -177,7 +177,7 @@ def prefixes(
     """The product at every number of bitlayers up to `limit`, in one pass over the words.
 
     x may be what `quantize_rows` returns. Not in one pass go many rows with groups: the sums of every group and
-    bitlayer would be written, where a product at one count adds up groups in its program. It runs once for each count.
+    bitlayer would be written, where a product at one count adds up groups in its program. So each count has programs.
     """
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
@@ -185,8 +185,7 @@ def prefixes(
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
     if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
-        sums = _triton_serial.limb_sums(problem, x, words, limits, sweep=True, config=config, interpret=interpret)
-        return epilogue.scale_prefixes(problem, sums, scale)
+        return _triton_serial.matmul(problem, x, words, scale, limits, sweep=True, config=config, interpret=interpret)
     if isinstance(config, _FLOAT_CONFIGS):
         if isinstance(config, UnpackConfig):  # would write, and read again, 16 bits for each bit
             config = _triton_dot.config_for(problem)
@@ -195,14 +194,9 @@ def prefixes(
         counts = jnp.arange(1, problem.bits + 1, dtype=jnp.int32)
         scales = jax.vmap(epilogue.scale_rows, in_axes=(1, None), out_axes=1)(scale, counts)  # [bits, groups, n]
         return jnp.sum(sums * scales[:, :, None], axis=1)
-    if problem.groups == 1 and _triton_int8_sweep.num_sums(problem, config) <= _MAX_SUMS:
-        return _triton_int8_sweep.prefixes(problem, x, words, scale, limit, config=config, interpret=interpret)
-
-    def fill(i, out):
-        y = _matmul(problem, x, words, scale, jnp.full((problem.m,), i + 1, jnp.int32), config, interpret)
-        return lax.dynamic_update_index_in_dim(out, y, i, 0)
-
-    return lax.fori_loop(jnp.int32(0), limit, fill, jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32))
+    one_pass = problem.groups == 1 and _triton_int8_sweep.num_sums(problem, config) <= _MAX_SUMS
+    run = (_triton_int8_sweep if one_pass else _triton_int8).prefixes
+    return run(problem, x, words, scale, limit, config=config, interpret=interpret)
 
 
 def _check(problem: contract.Problem, config: Config | None) -> Config:

@@ -23,7 +23,6 @@ pytestmark = [
 ]
 
 CALL = ("kCustomCall", "kCustomCall")  # Mosaic GPU: XLA does not know the name of the kernel
-_FEW_ROWS = {"mosaic": 3, "triton": 4}  # packing, the product, limbs to floats; of `triton` also parts that are added
 _INT8 = 9  # rows, largest magnitude, rounding, limbs, their sums, their order, two of constants, the product, floats
 
 
@@ -33,55 +32,62 @@ def in_own_process(fn, *args):
         return pool.submit(fn, *args).result()
 
 
+@pytest.mark.parametrize("sweep", [False, True], ids=["product", "sweep"])
 @pytest.mark.parametrize(
-    ("backend", "m", "width", "k"),
-    [("mosaic", m, width, 4096) for m, width in ((1, 8), (1, 16), (1, 24), (8, 8), (8, 16), (32, 8))]
-    + [("mosaic", 1, 16, 14336), ("triton", 1, 8, 4096), ("triton", 1, 24, 14336), ("triton", 4, 8, 4096)],
+    ("backend", "m", "width", "k", "group_size"),
+    [("mosaic", m, width, 4096, None) for m, width in ((1, 8), (1, 24), (8, 16), (32, 8))]
+    + [("mosaic", 1, 16, 14336, None), ("mosaic", 1, 16, 4096, 128), ("mosaic", 8, 8, 4096, 32)]
+    + [("triton", 1, 8, 4096, None), ("triton", 1, 24, 14336, None)]
+    + [("triton", 1, 16, 4096, 128), ("triton", 4, 8, 4096, 32)],
 )
-def test_few_rows_are_packed_in_one_launch(backend, m, width, k):
-    """Largest magnitude, rounding and bits of floats: one kernel; then the product; then what XLA finishes."""
-    launches = in_own_process(launches_of_product, backend, m, width, k)
-    assert launches[0].name == "bit_matmul_pack"
-    product = [launch for launch in launches[1:] if (launch.kind, launch.name) == CALL or "bit_matmul" in launch.name]
-    assert len(product) == 1
-    assert len(launches) <= _FEW_ROWS[backend], launches
+def test_few_rows_are_three_launches(backend, m, width, k, group_size, sweep):
+    """Rows are packed in one kernel and finished in one, groups or not: no loop of XLA's, which waits for the host."""
+    problem = contract.Problem(m=m, k=k, n=4096, bits=8, group_size=group_size, activation_bits=width)
+    launches = in_own_process(launches_of, backend, problem, sweep)
+    if sweep:
+        launches = [launch for launch in launches if not launch.name.startswith("loop_")]
+    first, product, last = launches
+    assert first.name == "bit_matmul_pack"
+    assert (product.kind, product.name) == CALL or product.name == "bit_matmul_serial"
+    assert last.name == "bit_matmul_epilogue"
 
 
 def test_many_rows():
-    launches = in_own_process(launches_of_product, "triton", 64, 16, 4096)
+    problem = contract.Problem(m=64, k=4096, n=4096, bits=8, group_size=None, activation_bits=16)
+    launches = in_own_process(launches_of, "triton", problem, False)
     assert sum("bit_matmul_int8" in launch.name for launch in launches) == 1
     assert len(launches) <= _INT8, launches
 
 
-def launches_of_product(backend: str, m: int, width: int, k: int) -> tuple[machine_code.Launch, ...]:
+def launches_of(backend: str, problem: contract.Problem, sweep: bool) -> tuple[machine_code.Launch, ...]:
     """All of `pbjax.matmul` but its checks."""
-    problem = contract.Problem(m=m, k=k, n=4096, bits=8, group_size=None, activation_bits=width)
-    run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, False)
-    return machine_code.compile_launches(run, *described(problem), gpu="h200")
+    run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, sweep)
+    return machine_code.compile_launches(run, *described(problem, sweep), gpu="h200")
 
 
-def described(problem: contract.Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
+def described(problem: contract.Problem, sweep: bool = False) -> tuple[jax.ShapeDtypeStruct, ...]:
     return (
         jax.ShapeDtypeStruct((problem.m, problem.k), jnp.float32),
         jax.ShapeDtypeStruct((problem.bits, problem.num_words, problem.n), jnp.uint32),
         jax.ShapeDtypeStruct((4, problem.groups, problem.n), jnp.float32),
-        jax.ShapeDtypeStruct((problem.m,), jnp.int32),
+        jax.ShapeDtypeStruct(() if sweep else (problem.m,), jnp.int32),
     )
 
 
+@pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
-def test_a_network_is_one_graph(backend):
+def test_a_network_is_one_graph(backend, group_size):
     """Two layers are more launches than XLA's least for a CUDA graph, 5, and nothing of pbjax stays out of it."""
-    network, none, layer, small = in_own_process(launches_of_networks, backend)
+    network, none, layer, small = in_own_process(launches_of_networks, backend, group_size)
     assert len(network) >= 6
     assert all(launch.in_command_buffer for launch in network), network
     assert not any(launch.in_command_buffer for launch in (*none, *layer))
     assert all(launch.in_command_buffer for launch in small), small
 
 
-def launches_of_networks(backend: str) -> list[tuple[machine_code.Launch, ...]]:
+def launches_of_networks(backend: str, group_size: int | None) -> list[tuple[machine_code.Launch, ...]]:
     """Two layers with default flags and without graphs, one layer with default flags and with small graphs."""
-    problem = contract.Problem(m=1, k=256, n=256, bits=8, group_size=None, activation_bits=16)
+    problem = contract.Problem(m=1, k=256, n=256, bits=8, group_size=group_size, activation_bits=16)
     run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, False)
 
     def network(x, *weights):

@@ -60,7 +60,10 @@ def kernel(problem: contract.Problem, gpu: str, sweep: bool) -> machine_code.Ker
     )
     run = mosaic.prefixes if sweep else mosaic.matmul
     kernels = machine_code.compile_kernels(functools.partial(run, problem), *described, gpu=gpu)
-    (found,) = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")]
+    epilogue, found = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")]
+    assert epilogue.name == "bit_matmul_epilogue"
+    assert epilogue.spill_bytes == 0
+    assert not epilogue.uses_local_memory
     return found
 
 

@@ -62,7 +62,11 @@ def kernel(
     )
     run = functools.partial(triton.prefixes if sweep else triton.matmul, problem, config=config)
     kernels = machine_code.compile_kernels(run, *described, gpu=gpu)
-    (found,) = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")]
+    found, *last = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")][::-1]
+    for epilogue in last:  # by name the first
+        assert epilogue.name == "bit_matmul_epilogue"
+        assert epilogue.spill_bytes == 0
+        assert not epilogue.uses_local_memory
     return found
 
 
