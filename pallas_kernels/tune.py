@@ -3,20 +3,21 @@
     python -m pallas_kernels.tune --m 1 8 64 --size 4096x4096 --bits 8 --activation-bits 16 none
 
 writes them where every later process finds them (see `pallas_kernels.bit_matmul.tuned`). Nothing runs this by itself.
-Of fixed-point products each candidate must give the same bits; one that does not is an error, not a slow candidate.
+Times are the device's own, from a call's first kernel to its last, with weights that are not in the cache. Of
+fixed-point products each candidate must give the same bits; one that does not is an error, not a slow candidate.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import functools
 import itertools
+import os
 import re
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,45 +26,51 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _compat
+from pallas_kernels import _compat, device_time
 from pallas_kernels.bit_matmul import contract, mosaic, triton, tuned
 
 BACKENDS: dict[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
 
-Run = Callable[[], jax.Array]
-Timer = Callable[[Run], float]
+Run = Callable[[int], jax.Array]  # call number i
+Timer = Callable[[Mapping[Any, Run]], Mapping[Any, float]]
+
+DTYPES = ("bfloat16", "float32", "float16")  # of float activations
+_CALLS = 20
 
 
-def device_us(run: Run, *, calls: int = 20, repeats: int = 7) -> float:
-    """Microseconds of one call: the median of several times that many calls queued together take."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready([run() for _ in range(calls)])
-        times.append((time.perf_counter() - start) * 1e6 / calls)
-    return statistics.median(times)
+def device_us(runs: Mapping[Any, Run]) -> dict[Any, float]:
+    """Microseconds of a call of each, on the device's clock: median from its first kernel to its last.
+
+    Infinity for calls whose kernels the profiler does not tell.
+    """
+    times = device_time.measure(runs, {"cold": range(_CALLS)})
+    return {key: float("inf") if taken.device is None else taken.device.span_us for (key, _), taken in times.items()}
 
 
 def tune(
     backend: str,
     problem: contract.Problem,
     *,
+    dtype: str = "float32",
     timer: Timer = device_us,
     candidates: Sequence[Any] | None = None,
     **options: Any,
-) -> Iterator[tuple[Any, float]]:
-    """Each candidate for a problem with its time, the backend's own choice first.
+) -> dict[Any, float]:
+    """The time of each candidate for a problem, the backend's own choice first.
+
+    What is timed is the product as pbjax runs it: rows of floats come in, are quantized if the problem says so, and are
+    scaled after it. Weights come from memory, not from the cache: calls take turns with copies of them.
 
     Args:
       backend: a key of `BACKENDS`.
       problem: the static facts of the product; all bitlayers are used.
-      timer: microseconds of one call of a compiled product.
+      dtype: of the rows, one of `DTYPES`.
+      timer: microseconds of one call of each compiled product.
       candidates: configurations, the first of them the default; None for those of the backend.
       **options: passed to the backend, such as `interpret` of `triton`.
 
-    Yields:
-      (configuration, microseconds); infinity for one that the compiler refuses.
+    Returns:
+      Microseconds by configuration; infinity for one that the compiler refuses or the timer cannot time.
 
     Raises:
       RuntimeError: inside a trace, or if a candidate of a fixed-point product has other bits than the first.
@@ -74,50 +81,73 @@ def tune(
     module = BACKENDS[backend]
     if reason := module.unsupported(problem):
         raise contract.Unsupported(f"backend {backend!r} cannot run {problem}: {reason}")
-    operands = _operands(problem)
+    x, words, scale, counts = _operands(problem, dtype)
+    stored = device_time.copies(words, words.nbytes)
+    times = dict.fromkeys(module.candidates(problem) if candidates is None else candidates, float("inf"))
+    lowered = {
+        config: jax.jit(functools.partial(_product, module, problem, config, options)).lower(x, words, scale, counts)
+        for config in times
+    }
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = {config: pool.submit(low.compile) for config, low in lowered.items()}
+    runs: dict[Any, Run] = {}
     expected = None
-    for config in module.candidates(problem) if candidates is None else candidates:
-        product = jax.jit(functools.partial(module.matmul, problem, config=config, **options))
+    for config, future in compiled.items():
         try:
-            y = np.asarray(product(*operands))
+            product = future.result()
+            y = np.asarray(product(x, words, scale, counts))
         except jax.errors.JaxRuntimeError:  # registers or shared memory that the device does not have
-            yield config, float("inf")
             continue
         expected = y if expected is None else expected
         if problem.activation_bits is not None and not np.array_equal(y, expected):
             raise RuntimeError(f"{config} of {backend!r} gives other results than the first candidate for {problem}")
-        yield config, timer(functools.partial(product, *operands))
+        runs[config] = lambda i, product=product: product(x, stored[i % len(stored)], scale, counts)
+    return times | dict(timer(runs))
 
 
-def tune_and_store(backend: str, problem: contract.Problem, *, kind: str, **options: Any) -> tuple[Any, float, float]:
+def tune_and_store(
+    backend: str, problem: contract.Problem, *, kind: str, dtype: str = "float32", **options: Any
+) -> tuple[Any, float, float]:
     """Stores the fastest candidate. Returns it, its time, and the time of the backend's own choice.
 
     Raises:
       RuntimeError: as `tune`, or if no candidate runs.
     """
-    times = list(tune(backend, problem, **options))
-    config, best = min(times, key=lambda entry: entry[1])
+    times = tune(backend, problem, dtype=dtype, **options)
+    default = next(iter(times.values()))
+    config, best = min(times.items(), key=lambda entry: entry[1])
     if best == float("inf"):
-        raise RuntimeError(f"no candidate of {backend!r} runs on {kind} for {problem}")
+        raise RuntimeError(f"no candidate of {backend!r} runs, and can be timed, on {kind} for {problem}")
     (kernel,) = [name for name, cls in BACKENDS[backend].CONFIGS.items() if type(config) is cls]
     facts = dict(
         us=round(best, 3),
-        default_us=None if times[0][1] == float("inf") else round(times[0][1], 3),
+        default_us=None if default == float("inf") else round(default, 3),
         candidates=len(times),
         jax=_compat.JAX_VERSION,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
-    tuned.store(backend, problem, kernel, config, kind=kind, facts=facts)
-    return config, best, times[0][1]
+    tuned.store(backend, problem, kernel, config, kind=kind, facts=facts, dtype=dtype)
+    return config, best, default
 
 
-def _operands(problem: contract.Problem) -> tuple[jax.Array, ...]:
-    rng = np.random.default_rng(0)
+def _product(
+    module: ModuleType,
+    problem: contract.Problem,
+    config: Any,
+    options: Mapping[str, Any],
+    x: jax.Array,
+    *weight: jax.Array,
+) -> jax.Array:
+    """All that a product of pbjax is on the device. x: float[m, k]."""
     if problem.activation_bits is None:
-        x = jnp.asarray(rng.normal(size=(problem.m, problem.k)), jnp.bfloat16)
-    else:
-        top = 2 ** (problem.activation_bits - 1) - 1
-        x = jnp.asarray(rng.integers(-top, top + 1, (problem.m, problem.k)), jnp.int32)
+        return module.matmul(problem, x, *weight, config=config, **options)
+    codes, unit, poison = module.quantize_rows(problem, x, config=config, **options)
+    return module.matmul(problem, codes, *weight, config=config, **options) * unit[:, None] + poison[:, None]
+
+
+def _operands(problem: contract.Problem, dtype: str) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(problem.m, problem.k)), dtype)
     words = rng.integers(0, 2**32, (problem.bits, problem.num_words, problem.n), dtype=np.uint32)
     scale = rng.uniform(0.5, 2, (min(problem.bits, contract.NUM_SCALES), problem.groups, problem.n))
     counts = jnp.full((problem.m,), problem.bits, jnp.int32)
@@ -133,12 +163,14 @@ def main(argv: Sequence[str] | None = None, *, kind: str | None = None, **option
         return 2
     for m, (k, n), width in itertools.product(args.m, args.size, args.activation_bits):
         problem = contract.Problem(m=m, k=k, n=n, bits=args.bits, group_size=args.group_size, activation_bits=width)
-        for backend in args.backend:
+        # Fixed-point rows are codes before the product: it does not matter which floats they were.
+        for backend, dtype in itertools.product(args.backend, args.dtype if width is None else ["float32"]):
             name = f"{backend} m={m} {k}x{n} bits={args.bits} activation_bits={width}"
+            name += f" dtype={dtype}" if width is None else ""
             if reason := BACKENDS[backend].unsupported(problem):
                 sys.stdout.write(f"{name}: left out, {reason}\n")
                 continue
-            config, best, default = tune_and_store(backend, problem, kind=kind, **options)
+            config, best, default = tune_and_store(backend, problem, kind=kind, dtype=dtype, **options)
             sys.stdout.write(f"{name}: {best:.1f} us, by default {default:.1f} us: {config}\n")
     sys.stdout.write(f"{tuned.path_for(tuned.user_folder(), kind)}\n")
     return 0
@@ -154,6 +186,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--bits", type=int, default=8, help="bitlayers stored and used (default: 8)")
     add("--group-size", type=int, help="weights that share a scale (default: all k)")
     add("--activation-bits", type=_width, nargs="+", default=[16], metavar="A", help="2..24, or none for floats")
+    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"], help="of floats (default: %(default)s)")
     add("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: all")
     return parser.parse_args(argv)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import re
 
@@ -11,12 +13,13 @@ import numpy as np
 import pytest
 
 import pbjax
-from pallas_kernels import tune
-from pallas_kernels.bit_matmul import mosaic, triton, tuned
+from pallas_kernels import device_time, tune
+from pallas_kernels.bit_matmul import activations, mosaic, reference, triton, tuned
 from tests import oracle
 
 KIND = "NVIDIA Test 100 80GB"
 PROBLEM = pbjax.Problem(m=3, k=70, n=5, bits=2, group_size=None, activation_bits=8)
+SERIAL = triton.SerialConfig(block_n=128, block_rows=1, block_words=2, num_blocks=1, num_warps=1)
 
 
 @pytest.fixture(autouse=True)
@@ -32,41 +35,57 @@ def three_candidates():
     return [found[0], found[1], found[-1]]
 
 
-def last_is_fastest():
-    """A timer whose times fall from call to call; it runs what it is given."""
-    times = iter(range(1000, 0, -1))
-
-    def timer(run):
-        assert run().shape == (PROBLEM.m, PROBLEM.n)
-        return float(next(times))
-
-    return timer
+def last_is_fastest(runs):
+    """A timer whose times fall from candidate to candidate; it runs what it is given, with any copy of the words."""
+    for run in runs.values():
+        for i in (0, 1, 1000):
+            assert run(i).shape == (PROBLEM.m, PROBLEM.n)
+    return {config: 1000.0 - i for i, config in enumerate(runs)}
 
 
 def test_fastest_is_stored_and_found(folder):
     candidates = three_candidates()
     config, best, default = tune.tune_and_store(
-        "triton", PROBLEM, kind=KIND, timer=last_is_fastest(), candidates=candidates, interpret=True
+        "triton", PROBLEM, kind=KIND, timer=last_is_fastest, candidates=candidates, interpret=True
     )
     assert config == candidates[-1]
     assert (default, best) == (1000, 998)
     assert tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND) == config
-    (entry,) = json.loads((folder / "nvidia_test_100_80gb.json").read_text()).values()
+    stored = json.loads((folder / "nvidia_test_100_80gb.json").read_text())
+    assert stored["version"] == tuned.VERSION
+    (entry,) = stored["entries"].values()
     assert entry["kernel"] == "int8"
     assert (entry["us"], entry["default_us"], entry["jax"]) == (best, default, jax.__version__)
 
 
 def test_found_by_device_backend_and_shape():
-    config = triton.SerialConfig(block_n=128, block_rows=1, block_words=2, num_blocks=1, num_warps=1)
-    tuned.store("triton", PROBLEM, "serial", config, kind=KIND, facts={})
+    tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={})
     find = tuned.find
     rows_of_four = pbjax.Problem(m=4, k=70, n=5, bits=2, group_size=None, activation_bits=8)
-    assert find("triton", rows_of_four, triton.CONFIGS, kind=KIND) == config  # rows are rounded up
+    assert find("triton", rows_of_four, triton.CONFIGS, kind=KIND) == SERIAL  # rows are rounded up
     assert find("mosaic", PROBLEM, mosaic.CONFIGS, kind=KIND) is None
     assert find("triton", PROBLEM, triton.CONFIGS, kind="NVIDIA Other") is None
     assert find("triton", PROBLEM, triton.CONFIGS) is None  # there is no GPU here
     other = pbjax.Problem(m=5, k=70, n=5, bits=2, group_size=None, activation_bits=8)
     assert find("triton", other, triton.CONFIGS, kind=KIND) is None
+
+
+def test_found_by_the_dtype_of_floats():
+    """A product takes one part of bfloat16 and three of float32; fixed-point rows are codes, whatever they were."""
+    floats = dataclasses.replace(PROBLEM, activation_bits=None)
+    one, three = (dataclasses.replace(triton.config_for(floats), num_warps=warps) for warps in (4, 8))
+    tuned.store("triton", floats, "dot", one, kind=KIND, facts={}, dtype="bfloat16")
+    tuned.store("triton", floats, "dot", three, kind=KIND, facts={}, dtype=jnp.float32)
+    find = functools.partial(tuned.find, "triton", configs=triton.CONFIGS, kind=KIND)
+    assert find(floats, dtype=jnp.bfloat16) == one
+    assert find(floats, dtype="float32") == three
+    assert find(floats, dtype=jnp.float16) is None
+    with pytest.raises(
+        ValueError, match=r"`dtype` must be that of the float activations, but got None. Pass `x.dtype`"
+    ):
+        find(floats)
+    tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={}, dtype="float32")
+    assert find(PROBLEM) == find(PROBLEM, dtype="int32") == SERIAL
 
 
 def test_entries_are_kept_beside_each_other_and_replaced():
@@ -82,15 +101,16 @@ def test_entries_are_kept_beside_each_other_and_replaced():
 
 
 def test_shipped_measurements_serve_where_the_user_has_none(tmp_path, monkeypatch):
-    config = triton.SerialConfig(block_n=128, block_rows=1, block_words=2, num_blocks=1, num_warps=1)
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
-    tuned.store("triton", PROBLEM, "serial", config, kind=KIND, facts={}, folder=tuned.SHIPPED)
-    assert tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND) == config
+    tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={}, folder=tuned.SHIPPED)
+    assert tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND) == SERIAL
 
 
 def test_shipped_files_can_be_read():
     for path in tuned.SHIPPED.glob("*.json"):
-        for entry in json.loads(path.read_text()).values():
+        stored = json.loads(path.read_text())
+        assert stored["version"] == tuned.VERSION
+        for entry in stored["entries"].values():
             assert {**triton.CONFIGS, **mosaic.CONFIGS}[entry["kernel"]](**entry["config"])
 
 
@@ -102,8 +122,7 @@ def test_product_takes_what_was_stored(monkeypatch):
     x = jnp.asarray(oracle.activation_codes(rng, 8, 3, 70))
     args = (x, words, jnp.ones((2, 1, 5), jnp.float32), jnp.full((3,), 2, jnp.int32))
     expected = triton.matmul(PROBLEM, *args, interpret=True)
-    config = triton.SerialConfig(block_n=128, block_rows=1, block_words=2, num_blocks=1, num_warps=1)
-    tuned.store("triton", PROBLEM, "serial", config, kind=KIND, facts={})
+    tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={})
     np.testing.assert_array_equal(triton.matmul(PROBLEM, *args, interpret=True), expected)
     dot = triton.config_for(pbjax.Problem(m=3, k=70, n=5, bits=2, group_size=None, activation_bits=None))
     tuned.store("triton", PROBLEM, "dot", dot, kind=KIND, facts={})
@@ -113,17 +132,37 @@ def test_product_takes_what_was_stored(monkeypatch):
 
 def test_entry_of_another_version(folder):
     path = folder / "nvidia_test_100_80gb.json"
-    path.write_text(json.dumps({tuned.key("triton", PROBLEM): {"kernel": "serial", "config": {"gone": 1}}}))
+    entries = {tuned.key("triton", PROBLEM): {"kernel": "serial", "config": {"gone": 1}}}
+    path.write_text(json.dumps({"version": tuned.VERSION, "entries": entries}))
     with pytest.raises(
         ValueError, match=rf"`{re.escape(str(path))}` must hold configurations of this version, but got"
     ):
         tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
 
 
+def test_file_of_another_version(folder):
+    path = folder / "nvidia_test_100_80gb.json"
+    path.write_text(json.dumps({tuned.key("triton", PROBLEM): {"kernel": "serial", "config": {}}}))
+    with pytest.raises(ValueError, match=rf"`{re.escape(str(path))}` must be of version 2, but got 1. Delete the file"):
+        tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
+
+
+def test_product_finds_floats_by_their_dtype(monkeypatch):
+    monkeypatch.setattr(tuned, "device_kind", lambda: KIND)
+    floats = dataclasses.replace(PROBLEM, activation_bits=None)
+    words = jnp.zeros((2, 3, 5), jnp.uint32)
+    args = (words, jnp.ones((2, 1, 5), jnp.float32), jnp.full((3,), 2, jnp.int32))
+    # A configuration of the wrong kernel: where it is found, it is refused.
+    tuned.store("triton", floats, "serial", SERIAL, kind=KIND, facts={}, dtype="bfloat16")
+    triton.matmul(floats, jnp.ones((3, 70), jnp.float32), *args, interpret=True)
+    with pytest.raises(TypeError, match=r"`config` must be that of a kernel for float activations"):
+        triton.matmul(floats, jnp.ones((3, 70), jnp.bfloat16), *args, interpret=True)
+
+
 def test_never_inside_a_trace():
     @jax.jit
     def traced(x):
-        list(tune.tune("triton", PROBLEM, interpret=True))
+        tune.tune("triton", PROBLEM, interpret=True)
         return x
 
     with pytest.raises(
@@ -137,7 +176,7 @@ def test_only_what_the_backend_can_run():
     with pytest.raises(
         pbjax.Unsupported, match=r"backend 'mosaic' cannot run Problem\(.*1-bit tensor core takes fixed"
     ):
-        next(tune.tune("mosaic", float_problem))
+        tune.tune("mosaic", float_problem)
 
 
 def test_candidates_of_other_results_are_an_error(monkeypatch):
@@ -145,7 +184,7 @@ def test_candidates_of_other_results_are_an_error(monkeypatch):
     wrong = iter((1.0, 2.0))
     monkeypatch.setitem(tune.BACKENDS, "triton", _Constant(lambda: next(wrong)))
     with pytest.raises(RuntimeError, match=r"gives other results than the first candidate"):
-        list(tune.tune("triton", PROBLEM, timer=lambda run: 1.0))
+        tune.tune("triton", PROBLEM, timer=last_is_fastest)
 
 
 class _Constant:
@@ -158,8 +197,45 @@ class _Constant:
     def candidates(self, problem):
         return ["first", "second"]
 
+    def quantize_rows(self, problem, x, *, config):
+        return x, jnp.ones(problem.m), jnp.zeros(problem.m)
+
     def matmul(self, problem, *operands, config):
         return jnp.full((problem.m, problem.n), self.value())
+
+
+def test_what_is_timed_is_the_product_of_pbjax():
+    """Rows of floats in, the result out; each call with another copy of the words, where there are copies."""
+    seen = {}
+
+    def timer(runs):
+        seen.update(runs)
+        return dict.fromkeys(runs, 1.0)
+
+    config = triton.config_for(PROBLEM)
+    tune.tune("triton", PROBLEM, timer=timer, candidates=[config], interpret=True)
+    x, words, scale, counts = tune._operands(PROBLEM, "float32")
+    assert x.dtype == jnp.float32
+    codes, unit, _ = activations.quantize_rows(x, PROBLEM.activation_bits)
+    expected = reference.matmul(PROBLEM, codes, words, scale, counts) * unit[:, None]
+    for i in range(3):
+        np.testing.assert_array_equal(seen[config](i), expected)
+
+
+def test_a_candidate_that_the_compiler_refuses_is_infinitely_slow(monkeypatch):
+    def matmul(problem, *operands, config):
+        if config == "second":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory")
+        return jnp.ones((problem.m, problem.n))
+
+    constant = _Constant(None)
+    # Raised where such an error is: when the compiled product runs.
+    constant.matmul = lambda problem, *operands, config: jax.pure_callback(
+        lambda: matmul(problem, config=config), jax.ShapeDtypeStruct((problem.m, problem.n), jnp.float32)
+    )
+    monkeypatch.setitem(tune.BACKENDS, "triton", constant)
+    times = tune.tune("triton", PROBLEM, timer=last_is_fastest)
+    assert times == {"first": 1000.0, "second": float("inf")}
 
 
 def test_candidates_fit_their_problems():
@@ -180,12 +256,24 @@ class TestCommand:
     def test_writes_and_says_where(self, capsys, folder):
         options = [*self.OPTIONS, "--m", "3", "--backend", "mosaic", "triton"]
         kernel = dict(candidates=three_candidates(), interpret=True)
-        assert tune.main(options, kind=KIND, timer=last_is_fastest(), **kernel) == 0
+        assert tune.main(options, kind=KIND, timer=last_is_fastest, **kernel) == 0
         out = capsys.readouterr().out.splitlines()
         assert "mosaic m=3 70x5 bits=2 activation_bits=8: left out, `n` must be a multiple of 4" in out[0]
         assert re.match(r"triton m=3 70x5 bits=2 activation_bits=8: \d+\.\d us, by default 1000\.0 us: Config", out[1])
         assert out[-1] == str(folder / "nvidia_test_100_80gb.json")
-        assert len(json.loads((folder / "nvidia_test_100_80gb.json").read_text())) == 1
+        assert len(json.loads((folder / "nvidia_test_100_80gb.json").read_text())["entries"]) == 1
+
+    def test_times_floats_of_each_dtype(self, capsys, folder):
+        """One of them alone, with a timer that does not run anything: interpreted kernels for floats are slow."""
+        options = ["--size", "70x5", "--bits", "2", "--activation-bits", "none", "--m", "3", "--backend", "triton"]
+        floats = dataclasses.replace(PROBLEM, activation_bits=None)
+        kernel = dict(candidates=[triton.config_for(floats)], interpret=True)
+        assert tune.main(options, kind=KIND, timer=lambda runs: dict.fromkeys(runs, 2.0), **kernel) == 0
+        assert [line.split(":")[0].rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()[:2]] == [
+            "dtype=bfloat16",
+            "dtype=float32",
+        ]
+        assert len(json.loads((folder / "nvidia_test_100_80gb.json").read_text())["entries"]) == 2
 
     def test_needs_a_gpu(self, capsys):
         assert tune.main(self.OPTIONS) == 2
@@ -204,5 +292,15 @@ def test_user_folder(monkeypatch, tmp_path):
     assert str(tuned.user_folder()) == "/cache/pbjax/tuned"
 
 
-def test_timer_waits_for_the_device():
-    assert tune.device_us(lambda: jnp.ones((2, 2)) @ jnp.ones((2, 2)), calls=2, repeats=2) > 0
+def test_without_the_clock_of_a_device_there_are_no_times():
+    """The host's clock does not stand in for it."""
+    assert tune.device_us({"one": lambda i: jnp.ones(2) + i}) == {"one": float("inf")}
+    with pytest.raises(RuntimeError, match=r"no candidate of 'triton' runs, and can be timed, on NVIDIA Test"):
+        tune.tune_and_store("triton", PROBLEM, kind=KIND, candidates=three_candidates()[:1], interpret=True)
+
+
+def test_timer_takes_the_time_from_first_kernel_to_last(monkeypatch):
+    device = device_time.Times(span_us=7.0, p20_us=6.0, p80_us=8.0, kernels_us=5.0, idle_us=1.0, kernels=2)
+    found = {("one", "cold"): device_time.Measured(device=device, host_us=50.0, runs=20)}
+    monkeypatch.setattr(device_time, "measure", lambda runs, batches: found)
+    assert tune.device_us({"one": None}) == {"one": 7.0}

@@ -9,17 +9,19 @@ flag of its compiler, `xla_gpu_enable_command_buffer`, and how many it takes at 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import device_time
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from facts import Facts
 
 import pbjax
+from pallas_kernels import device_time
 
 GRAPHS: dict[str, dict[str, Any]] = {
     "as XLA decides": {},
@@ -28,24 +30,26 @@ GRAPHS: dict[str, dict[str, Any]] = {
 }
 FEATURES, HIDDEN, CLASSES = 64, 4096, 12  # of `examples/digits.py`, whose 10 classes `mosaic` does not take
 BITLAYERS = (4, 8)
-_CALLS = 200
+_CALLS = 200  # for a latency, and for a time from call to call
+_TRACED_CALLS = 30  # for times on the device's clock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row(device_time.Facts):
+class Row(Facts):
     """One line of the output."""
 
     method: str  # "f32", "bf16" or "bitlayers"
     bitlayers: int | None
     backend: str
     graphs: str  # a key of GRAPHS
-    kernels: int  # 0 where the profiler saw none
-    device_us: float | None  # of all kernels of a call, outside of graphs
-    latency_us: float  # from call to result, median
-    queued_us: float  # from call to call, many queued
+    kernels: int  # 0 where the profiler does not tell those of each call
+    us: float | None  # on the device's clock, from the start of the first kernel to the end of the last, median
+    kernels_us: float | None  # on the device's clock, the kernels alone
+    latency_us: float  # on the host's clock, from call to result, median
+    queued_us: float  # on the host's clock, from call to call, many queued
 
 
-def measure(facts: dict[str, str], *, backend: str, hidden: int = HIDDEN, calls: int = _CALLS) -> Iterator[Row]:
+def measure(facts: Facts, *, backend: str, hidden: int = HIDDEN, calls: int = _CALLS) -> Iterator[Row]:
     """The network for one image, with weights that stay in the cache if they fit."""
     model = nn.Sequential([nn.Dense(hidden), nn.relu, nn.Dense(hidden), nn.relu, nn.Dense(CLASSES)])
     image = jax.random.normal(jax.random.key(1), (1, FEATURES))
@@ -67,18 +71,22 @@ def measure(facts: dict[str, str], *, backend: str, hidden: int = HIDDEN, calls:
     for name, used, by, fn, weights, x in methods:
         for graphs, options in GRAPHS.items():
             run = jax.jit(fn, compiler_options=options).lower(weights, x).compile()
-            times = device_time.measure({0: lambda i, run=run, w=weights, x=x: run(w, x)}, {"warm": range(calls)})
-            (taken,) = times.values()
+            call = functools.partial(run, weights, x)
+            (taken,) = device_time.measure(
+                {0: lambda i, call=call: call()}, {"warm": range(min(calls, _TRACED_CALLS))}
+            ).values()
+            device = taken.device
             yield Row(
-                **facts,
+                **dataclasses.asdict(facts),
                 method=name,
                 bitlayers=used,
                 backend=by,
                 graphs=graphs,
-                kernels=taken.kernels,
-                device_us=round(taken.median_us, 3) if taken.clock == "device" else None,
-                latency_us=round(_latency_us(lambda run=run, w=weights, x=x: run(w, x), calls), 3),
-                queued_us=round(taken.wall_us, 3),
+                kernels=device.kernels if device else 0,
+                us=round(device.span_us, 3) if device else None,
+                kernels_us=round(device.kernels_us, 3) if device else None,
+                latency_us=round(_latency_us(call, calls), 3),
+                queued_us=round(_queued_us(call, calls), 3),
             )
 
 
@@ -89,3 +97,9 @@ def _latency_us(call: Callable[[], jax.Array], calls: int) -> float:
         jax.block_until_ready(call())
         times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times)
+
+
+def _queued_us(call: Callable[[], jax.Array], calls: int) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready([call() for _ in range(calls)])
+    return (time.perf_counter() - start) * 1e6 / calls

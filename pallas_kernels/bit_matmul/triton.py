@@ -119,7 +119,7 @@ def quantize_rows(
       unit: f32[m].
       poison: f32[m], NaN for rows that are not finite, 0 for others.
     """
-    config = _check(problem, config)
+    config = _check(problem, config, x)
     if isinstance(config, SerialConfig):
         return _triton_serial.quantize_rows(problem, x, config=config, interpret=interpret)
     codes, unit, finite = activations.quantize_rows(x, problem.fixed_point_bits)
@@ -139,7 +139,7 @@ def matmul(
     """The product of the contract."""
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.m, problem.n), jnp.float32)
-    x, config = _pad(problem, x), _check(problem, config)
+    x, config = _pad(problem, x), _check(problem, config, x)
     return _matmul(problem, x, words, scale, bitlayers, config, interpret)
 
 
@@ -181,7 +181,7 @@ def prefixes(
     """
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
-    x, config = _pad(problem, x), _check(problem, config)
+    x, config = _pad(problem, x), _check(problem, config, x)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
     if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
@@ -199,8 +199,8 @@ def prefixes(
     return run(problem, x, words, scale, limit, config=config, interpret=interpret)
 
 
-def _check(problem: contract.Problem, config: Config | None) -> Config:
-    config = config or tuned.find("triton", problem, CONFIGS) or config_for(problem)
+def _check(problem: contract.Problem, config: Config | None, x: Any) -> Config:
+    config = config or tuned.find("triton", problem, CONFIGS, dtype=getattr(x, "dtype", None)) or config_for(problem)
     is_float = problem.activation_bits is None
     if isinstance(config, _FLOAT_CONFIGS) != is_float:
         raise TypeError(

@@ -1,4 +1,8 @@
-"""Launch parameters that were measured: files of JSON, one for each kind of device.
+"""Launch parameters that were measured: files of JSON, one for each kind of device, {"version": 2, "entries": {..}}.
+
+An entry is found by what its choice depends on: backend, static facts of the product, rows rounded up to a power of
+two, and the dtype of float activations, of which a product takes one to three parts. Fixed-point rows are codes before
+the product, whatever floats they were. Numbers that change from call to call, how many bitlayers are used, are no part.
 
 Two folders are looked through: the user's, which `pallas_kernels.tune` writes, and the one of this package, for devices
 whose measurements are shipped (none yet). Without an entry, the backend's own `config_for` decides by shape. Parameters
@@ -20,12 +24,15 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.bit_matmul import contract
 
 ENVIRONMENT_VARIABLE = "PBJAX_TUNED_DIR"
 SHIPPED = pathlib.Path(__file__).parent / "measured"
 PLATFORM = "cuda"
+VERSION = 2  # of the files: 1 had entries alone, keys without dtypes, and times of the host's clock
 
 Config = TypeVar("Config")
 
@@ -46,7 +53,12 @@ def device_kind() -> str | None:
 
 
 def find(
-    backend: str, problem: contract.Problem, configs: Mapping[str, type[Config]], *, kind: str | None = None
+    backend: str,
+    problem: contract.Problem,
+    configs: Mapping[str, type[Config]],
+    *,
+    dtype: DTypeLike | None = None,
+    kind: str | None = None,
 ) -> Config | None:
     """The measured configuration for a problem on this device, or None.
 
@@ -54,17 +66,18 @@ def find(
       backend: its name.
       problem: rows are rounded up to a power of two, as they were when it was stored.
       configs: the classes of configurations that the backend takes, by the names under which they are stored.
+      dtype: of float activations; no part of the key with fixed-point ones.
       kind: of device; None asks for the one that is there.
 
     Raises:
-      ValueError: an entry that the backend cannot read, from another version of it.
+      ValueError: a file of another version, an entry that the backend cannot read, or float activations without dtype.
     """
     kind = kind or device_kind()
     if kind is None:
         return None
     for folder in (user_folder(), SHIPPED):
         path = path_for(folder, kind)
-        entry = _read(path).get(key(backend, problem))
+        entry = _read(path).get(key(backend, problem, dtype))
         if entry is None:
             continue
         try:
@@ -85,6 +98,7 @@ def store(
     *,
     kind: str,
     facts: Mapping[str, Any],
+    dtype: DTypeLike | None = None,
     folder: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Writes one entry, beside the others of the device, and returns the file.
@@ -96,15 +110,16 @@ def store(
       config: a dataclass of numbers.
       kind: the device.
       facts: how it was measured: times, versions, date.
+      dtype: of float activations.
       folder: the user's, unless given.
     """
     path = path_for(folder or user_folder(), kind)
     _read.cache_clear()
     entries = dict(_read(path))
-    entries[key(backend, problem)] = {"kernel": kernel, "config": dataclasses.asdict(config), **facts}
+    entries[key(backend, problem, dtype)] = {"kernel": kernel, "config": dataclasses.asdict(config), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    unfinished.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True) + "\n")
     unfinished.replace(path)  # so that no other process reads half of it
     _read.cache_clear()
     return path
@@ -115,13 +130,23 @@ def path_for(folder: pathlib.Path, kind: str) -> pathlib.Path:
     return folder / f"{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
 
 
-def key(backend: str, problem: contract.Problem) -> str:
+def key(backend: str, problem: contract.Problem, dtype: DTypeLike | None = None) -> str:
     """What an entry is stored under."""
     rows = 1 << max(problem.m - 1, 0).bit_length()
     fields = {**dataclasses.asdict(problem), "m": rows}
+    if problem.activation_bits is None:
+        if dtype is None:
+            raise ValueError("`dtype` must be that of the float activations, but got None. Pass `x.dtype`.")
+        fields["dtype"] = jnp.dtype(dtype).name
     return " ".join([backend, *(f"{name}={value}" for name, value in fields.items())])
 
 
 @functools.cache
 def _read(path: pathlib.Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    stored = json.loads(path.read_text())
+    version = stored.get("version", 1)
+    if version != VERSION:
+        raise ValueError(f"`{path}` must be of version {VERSION}, but got {version}. Delete the file, and tune again.")
+    return stored["entries"]

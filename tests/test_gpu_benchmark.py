@@ -1,0 +1,384 @@
+"""The benchmark of the GPU kernels without a GPU: tiny shapes on the CPU, checks with programs of the test's own."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+import pbjax
+from pallas_kernels import device_time
+from pallas_kernels.bit_matmul import mosaic, triton
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+ROOMS = ("gpu", "gpu_baselines", "gpu_checks", "gpu_network", "gpu_products", "gpu_rows", "gpu_summary", "gpu_timing")
+
+
+@pytest.fixture
+def rooms(monkeypatch):
+    """The modules of the benchmark."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return types.SimpleNamespace(**{name: importlib.import_module(name) for name in (*ROOMS, "facts")})
+
+
+@pytest.fixture
+def on_gpu(rooms, monkeypatch):
+    """The benchmark believes in a GPU; its checks pass, and what it times is little."""
+    found = rooms.facts.Facts(
+        date="2026-01-01", commit="abc", code="123", device="NVIDIA Test", jax="1", jaxlib="1", platform_version="1"
+    )
+    monkeypatch.setattr(rooms.facts, "facts_of_gpu", lambda: found)
+    monkeypatch.setattr(rooms.gpu, "SIZES", ((64, 16),))
+    make_calls = rooms.gpu_timing.make_calls
+
+    def few_calls(m, k, n, *, copies):
+        calls = make_calls(m, k, n, copies=2)
+        kept = [method for method in calls if method.backend == "xla" or method.bitlayers == 1]
+        return {method: calls[method] for method in kept if method.bitlayers in (None, 1)}
+
+    monkeypatch.setattr(rooms.gpu_timing, "make_calls", few_calls)
+    passed = rooms.gpu_checks.Outcome(outcome="passed", seconds=1)
+    calls = []
+    monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda seconds: calls.append("bits") or passed)
+    monkeypatch.setattr(
+        rooms.gpu_checks, "sanitize", lambda seconds, names: calls.extend(names) or dict.fromkeys(names, passed)
+    )
+    monkeypatch.setattr(rooms.gpu_network, "measure", lambda facts, **sizes: calls.append("network") or iter(()))
+    return types.SimpleNamespace(facts=found, calls=calls)
+
+
+class TestWhole:
+    def test_rows_plot_and_summary(self, rooms, tmp_path, capsys):
+        output = tmp_path / "new" / "gpu.csv"
+        arguments = ["--smoke", "--runs", "2", "--bandwidth", "1e12", "--output", str(output)]
+        rows = rooms.gpu.main(arguments)
+        assert rooms.gpu_rows.read(output, rooms.gpu_rows.Row) == rows
+        lines = list(csv.DictReader(output.read_text().splitlines()))
+        assert list(lines[0]) == [field.name for field in dataclasses.fields(rooms.gpu_rows.Row)]
+        # six kinds of XLA's in three ways; 8 numbers of bitlayers and a sweep at three widths; cold and warm
+        assert len(lines) == len(rows) == 2 * (6 * 3 + 3 * 9)
+        assert {row.l2 for row in rows} == {"cold", "warm"}
+        assert {(row.clock, row.kernels, row.kernels_us) for row in rows} == {("host", 0, None)}  # no kernels here
+        for l2 in ("cold", "warm"):
+            assert max(row.speedup_over_bf16 for row in rows if (row.method, row.l2) == ("bf16", l2)) == 1
+        for row in rows:
+            assert row.us == row.host_us > 0
+            assert row.fraction_of_limit == pytest.approx(row.bytes / 1e6 / row.us, rel=0.01, abs=1e-4)
+        assert matplotlib.image.imread(output.with_suffix(".png")).ndim == 3
+        printed = capsys.readouterr().err
+        assert "64 x 16" in printed
+        assert "gaps included" in printed
+        assert "kernels only" not in printed  # no device told any
+        network = list(csv.DictReader((tmp_path / "new" / "gpu_network.csv").read_text().splitlines()))
+        assert [line["method"] for line in network] == ["f32"] * 3 + ["bf16"] * 3 + ["bitlayers"] * 6
+        assert {line["graphs"] for line in network} == {"as XLA decides", "everything", "nothing"}
+        assert all(float(line["latency_us"]) > 0 and line["us"] == "" for line in network)
+
+    def test_resume_repeats_nothing(self, rooms, on_gpu, tmp_path, monkeypatch):
+        output = tmp_path / "gpu.csv"
+        arguments = ["--m", "1", "--runs", "1", "--output", str(output)]
+        rows = rooms.gpu.main(arguments)
+        assert on_gpu.calls == ["bits", "memcheck", "racecheck", "initcheck", "network"]
+        assert rooms.gpu.main([*arguments, "--resume"]) == rows
+        assert len(on_gpu.calls) == 5
+        # Other code: nothing of it is done yet, and the rows before it are kept, but not in its summary.
+        other = dataclasses.replace(on_gpu.facts, code="456")
+        monkeypatch.setattr(rooms.facts, "facts_of_gpu", lambda: other)
+        again = rooms.gpu.main([*arguments, "--resume"])
+        assert len(on_gpu.calls) == 10
+        assert {row.code for row in again} == {"456"}
+        assert rooms.gpu_rows.read(output, rooms.gpu_rows.Row) == rows + again
+        rooms.gpu.main(arguments)  # from the beginning
+        assert len(on_gpu.calls) == 15
+        assert {row.code for row in rooms.gpu_rows.read(output, rooms.gpu_rows.Row)} == {"456"}
+
+    def test_resume_repeats_what_did_not_pass(self, rooms, on_gpu, tmp_path, monkeypatch, capsys):
+        late = rooms.gpu_checks.Outcome(outcome="out of time", seconds=9, text="done: 7 products\n")
+        sanitize = rooms.gpu_checks.sanitize
+        monkeypatch.setattr(
+            rooms.gpu_checks, "sanitize", lambda s, names: sanitize(s, names) | dict(racecheck=late) if names else {}
+        )
+        arguments = ["--m", "1", "--minutes", "0", "--output", str(tmp_path / "gpu.csv")]
+        assert rooms.gpu.main(arguments) == []
+        assert "done: 7 products" in capsys.readouterr().err
+        rooms.gpu.main([*arguments, "--resume"])
+        assert on_gpu.calls == ["bits", "memcheck", "racecheck", "initcheck", "network", "racecheck"]
+
+    def test_a_finding_is_told_at_the_end(self, rooms, on_gpu, tmp_path, monkeypatch):
+        found = rooms.gpu_checks.Outcome(outcome="failed", seconds=9, text="========= Invalid __global__ read\n")
+        monkeypatch.setattr(rooms.gpu_checks, "sanitize", lambda seconds, names: dict(memcheck=found))
+        with pytest.raises(SystemExit, match=r"memcheck found something"):
+            rooms.gpu.main(["--m", "1", "--runs", "1", "--output", str(tmp_path / "gpu.csv")])
+        assert len(rooms.gpu_rows.read(tmp_path / "gpu.csv", rooms.gpu_rows.Row)) == 2 * (6 + 3)
+
+    def test_wrong_bits_are_not_timed(self, rooms, on_gpu, tmp_path, monkeypatch):
+        wrong = rooms.gpu_checks.Outcome(outcome="failed", seconds=9)
+        monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda seconds: wrong)
+        with pytest.raises(SystemExit, match=r"do not have the bits of the oracle: nothing was timed"):
+            rooms.gpu.main(["--output", str(tmp_path / "gpu.csv")])
+        assert not (tmp_path / "gpu.csv").exists()
+
+    def test_refuses_without_a_gpu(self, rooms, monkeypatch, tmp_path):
+        monkeypatch.setattr(rooms.facts, "facts_of_gpu", lambda: None)
+        with pytest.raises(SystemExit, match=r"needs an NVIDIA GPU that JAX can use, and found none"):
+            rooms.gpu.main(["--output", str(tmp_path / "gpu.csv")])
+
+    def test_stops_in_time(self, rooms, tmp_path, capsys):
+        arguments = ["--smoke", "--no-check", "--minutes", "0", "--output", str(tmp_path / "gpu.csv")]
+        assert rooms.gpu.main(arguments) == []
+        assert "not measured within 0 minutes: m=1 64x16" in capsys.readouterr().err
+
+    def test_refuses_more_calls_than_can_wait(self, rooms, capsys):
+        with pytest.raises(SystemExit):
+            rooms.gpu.main(["--runs", "32"])
+        assert "must be in 1..31, as many as can wait for a GPU, but got 32" in capsys.readouterr().err
+
+
+class TestFacts:
+    def test_gpu_is_asked_for_in_a_process_of_its_own(self, rooms):
+        assert (rooms.facts.facts_of_gpu() is not None) == (jax.default_backend() == "gpu")
+
+    def test_the_same_run_is_that_of_the_same_code(self, rooms):
+        facts = rooms.facts.facts_of(jax.devices()[0])
+        assert len(facts.code) == 12
+        assert rooms.facts.same_run(facts, dataclasses.replace(facts, date="2020-01-01", commit="other"))
+        for name in ("code", "device", "jax", "jaxlib", "platform_version"):
+            assert not rooms.facts.same_run(facts, dataclasses.replace(facts, **{name: "other"}))
+
+
+class TestTiming:
+    def test_bytes_are_those_of_each_dtype(self, rooms):
+        m, k, n = 3, 64, 16
+        calls = rooms.gpu_timing.make_calls(m, k, n, copies=2)
+        moved = {}
+        for method, call in calls.items():
+            if method.backend != "cublas":
+                moved[method.name, method.activation_bits, method.bitlayers] = call.bytes
+        assert moved["f32_highest", None, None] == moved["f32_default", None, None] == 4 * (m * k + k * n + m * n)
+        assert moved["bf16", None, None] == 2 * (m * k + k * n + m * n)
+        assert moved["int8", None, None] == 4 * m * k + k * n + 4 * n + 4 * m * n
+        assert moved["int8_weights", None, None] == 2 * m * k + k * n + 4 * n + 2 * m * n
+        assert moved["int4_weights", None, None] == 2 * m * k + k * n // 2 + 4 * n + 2 * m * n
+        for used in range(1, 9):
+            assert moved["bitlayers", 16, used] == 4 * m * k + used * k * n // 8 + 4 * n + 4 * m * n
+            assert moved["bitlayers", None, used] == 2 * m * k + used * k * n // 8 + 4 * n + 4 * m * n
+        assert moved["sweep", 8, 8] == 4 * m * k + 8 * (k * n // 8) + 4 * 4 * n + 8 * 4 * m * n
+
+    @pytest.mark.parametrize("m", [1, 3])
+    def test_baselines_are_products(self, rooms, m):
+        x_key, w_key = jax.random.split(jax.random.key(0))
+        x, w = jax.random.normal(x_key, (m, 64)), jax.random.normal(w_key, (64, 16))
+        exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+        # A step of the coarser operand, half of it at most per factor, of random signs: well above what rounding adds.
+        bound = {"f32_highest": 1e-5, "f32_default": 1e-2, "bf16": 0.1, "int8": 0.4, "int8_weights": 0.4}
+        bound["int4_weights"] = 8
+        ways = list(rooms.gpu_baselines.all_of(x, w))
+        assert {way.name for way in ways} == set(bound) == set(rooms.gpu_baselines.NAMES)
+        assert len(ways) == 6 * (3 if m == 1 else 2)
+        for way in ways:
+            y = jax.jit(way.fn)(way.rows, way.weight, *way.rest)
+            assert y.shape == (m, 16)
+            assert np.abs(np.asarray(y, np.float64) - exact).max() < bound[way.name], way.name
+        stored = {way.name: way.weight.dtype for way in ways}
+        assert stored["int8"] == stored["int8_weights"] == jnp.int8
+        assert stored["int4_weights"] == jnp.int4
+
+    def test_what_does_not_run_costs_its_own_row_only(self, rooms, monkeypatch):
+        calls = rooms.gpu_timing.make_calls(1, 64, 16, copies=2)
+        broken = next(method for method in calls if method.name == "int8")
+
+        class Broken:
+            def lower(self, *operands):
+                return self
+
+            def compile(self):
+                raise jax.errors.JaxRuntimeError("INTERNAL: no such product")
+
+        calls[broken] = dataclasses.replace(calls[broken], program=Broken())
+        runs, reasons = rooms.gpu_timing.compile_all(calls)
+        assert reasons == {broken: "INTERNAL: no such product"}
+        assert set(runs) == set(calls) - {broken}
+
+
+def measured(span_us=None, kernels_us=None, host_us=100.0):
+    device = None
+    if span_us is not None:
+        device = device_time.Times(
+            span_us=span_us, p20_us=span_us, p80_us=span_us, kernels_us=kernels_us, idle_us=1.0, kernels=2
+        )
+    return device_time.Measured(device=device, host_us=host_us, runs=3)
+
+
+class TestRatios:
+    @pytest.fixture
+    def rows(self, rooms, on_gpu):
+        """Rows by name of what took these times."""
+
+        def make(**times):
+            methods = {
+                rooms.gpu_timing.Method(name=name.split("__")[0], backend=name): taken for name, taken in times.items()
+            }
+            calls = {method: types.SimpleNamespace(bytes=4000) for method in methods}
+            by_l2 = {(method, "cold"): taken for method, taken in methods.items()}
+            found = rooms.gpu_rows.rows_of_shape(on_gpu.facts, (1, 2, 3), calls, by_l2, bandwidth=1e9)
+            return {row.backend: row for row in found}
+
+        return make
+
+    def test_are_of_spans_and_of_kernels_apart(self, rows):
+        """A product of two kernels whose gap is as long as they are: no faster than a product of one."""
+        found = rows(bf16=measured(20, 20), bitlayers=measured(20, 10))
+        row = found["bitlayers"]
+        assert (row.us, row.kernels_us, row.clock) == (20, 10, "device")
+        assert (row.speedup_over_bf16, row.kernels_speedup_over_bf16) == (1, 2)
+        assert (row.fraction_of_limit, row.kernels_fraction_of_limit) == (0.2, 0.4)
+
+    def test_are_over_the_fastest_variant(self, rows):
+        found = rows(bf16__xla=measured(30, 10), bf16__cublas=measured(20, 20), bitlayers=measured(5, 5))
+        row = found["bitlayers"]
+        assert (row.speedup_over_bf16, row.kernels_speedup_over_bf16) == (4, 2)
+        assert found["bf16__xla"].speedup_over_bf16 == pytest.approx(2 / 3, abs=1e-3)
+
+    def test_are_of_one_clock(self, rows):
+        """The host's clock does not stand in for the device's, in either place."""
+        found = rows(bf16=measured(host_us=50.0), bitlayers=measured(10, 10, host_us=100.0))
+        assert found["bitlayers"].speedup_over_bf16 is None
+        assert found["bf16"].speedup_over_bf16 == 1
+        found = rows(bf16=measured(10, 10, host_us=50.0), bitlayers=measured(host_us=100.0))
+        row = found["bitlayers"]
+        assert (row.clock, row.us, row.speedup_over_bf16) == ("host", 100, 0.5)
+        assert (row.kernels_us, row.kernels_speedup_over_bf16) == (None, None)
+
+    def test_in_the_summary(self, rooms, rows, capsys):
+        found = rows(
+            bf16=measured(20, 20), f32_default=measured(40, 40), f32_highest=measured(), bitlayers=measured(10, 5)
+        )
+        cell = rooms.gpu_summary._cell
+        assert cell(found["bitlayers"], "speedup_over_bf16", "fraction_of_limit") == "2.00 40%"
+        assert cell(found["bitlayers"], "kernels_speedup_over_bf16", "kernels_fraction_of_limit") == "4.00 80%"
+        assert cell(found["f32_highest"], "speedup_over_bf16", None) == "1.00h"
+        assert cell(None, "speedup_over_bf16", None) == ""
+        assert len(list(rooms.gpu_summary.tables(list(found.values())))) == 2
+
+    def test_columns_of_another_version_are_refused(self, rooms, tmp_path):
+        path = tmp_path / "old.csv"
+        path.write_text("date,wall_us\n1,2\n")
+        with pytest.raises(ValueError, match=r"must have the columns date, .*, but got \['date', 'wall_us'\]"):
+            rooms.gpu_rows.read(path, rooms.gpu_rows.Row)
+
+
+TOOL = """#!{python}
+import sys, time
+if "--help" in sys.argv:
+    print("--tool --kernel-regex arg")
+    sys.exit()
+tool = sys.argv[sys.argv.index("--tool") + 1]
+{body}
+"""
+
+
+class TestChecks:
+    @pytest.fixture
+    def sanitizer(self, rooms, tmp_path, monkeypatch):
+        """A program that stands for compute-sanitizer."""
+
+        def make(body):
+            path = tmp_path / "compute-sanitizer"
+            path.write_text(TOOL.format(python=sys.executable, body=body))
+            path.chmod(0o755)
+            monkeypatch.setattr(rooms.gpu_checks, "find_sanitizer", lambda: str(path))
+            return rooms.gpu_checks
+
+        return make
+
+    def test_outcomes_of_tools(self, sanitizer):
+        checks = sanitizer(
+            """
+if tool == "initcheck":
+    print("Device not supported"); sys.exit(9)
+print("the device answers", sys.argv[2:], flush=True)
+sys.exit(dict(memcheck=0, racecheck=9)[tool])
+"""
+        )
+        done = checks.sanitize(60)
+        assert {tool: each.outcome for tool, each in done.items()} == {
+            "memcheck": "passed",
+            "racecheck": "failed",
+            "initcheck": "not run",
+        }
+        assert "Device not supported" in done["initcheck"].text
+        # Kernels of ours alone, by the name of the option that this version has.
+        assert "'--kernel-regex', 'kernel_substring=bit_matmul'" in done["racecheck"].text
+
+    def test_a_crash_is_a_finding(self, sanitizer):
+        checks = sanitizer('print("the device answers", flush=True); sys.exit(1)')
+        assert checks.sanitize(60, ["memcheck"])["memcheck"].outcome == "failed"
+
+    def test_ends_with_its_time(self, sanitizer):
+        checks = sanitizer('print("the device answers", flush=True); print("done: one", flush=True); time.sleep(100)')
+        (done,) = checks.sanitize(2, ["memcheck"]).values()
+        assert done.outcome == "out of time"
+        assert "done: one" in done.text
+        assert done.seconds < 30
+
+    def test_not_installed(self, rooms, monkeypatch):
+        monkeypatch.setattr(rooms.gpu_checks, "find_sanitizer", lambda: None)
+        done = rooms.gpu_checks.sanitize(1)
+        assert {each.outcome for each in done.values()} == {"not run"}
+        assert "is not installed" in done["memcheck"].text
+
+    def test_bits_without_a_gpu_are_skipped_tests(self, rooms):
+        """The command is right: pytest finds the file, and skips what is in it."""
+        if jax.default_backend() == "gpu":
+            pytest.skip("there is a GPU: its tests take minutes")
+        assert rooms.gpu_checks.check_bits(240).outcome == "passed"
+
+
+class TestProducts:
+    def test_cover_what_kernels_can_do(self, rooms):
+        products = rooms.gpu_products.PRODUCTS
+        assert len(set(products)) == len(products)
+        for width in (8, 16, None):
+            some = [p for p in products if p.activation_bits == width]
+            for condition in ("by_row", "sweep"):
+                assert {getattr(p, condition) for p in some} == {True, False}, (width, condition)
+            assert {p.m for p in some} >= {1, rooms.gpu_products.MANY}
+        assert {p.bits for p in products} == {8, 16}
+        assert {(p.group_size, p.sweep) for p in products if p.group_size} == {(128, True), (128, False), (512, False)}
+
+    def test_reach_every_kernel(self, rooms):
+        """Each with sweeps, rows of different numbers of bitlayers, groups and 16 bitlayers, but for what it cannot."""
+        found = {}
+        for p in rooms.gpu_products.PRODUCTS:
+            problem = pbjax.Problem(
+                m=p.m, k=1000, n=132, bits=p.bits, group_size=p.group_size, activation_bits=p.activation_bits
+            )
+            for module in (mosaic, triton):
+                if module.unsupported(problem) is None:
+                    kernel = type(module.config_for(problem)).__module__.rpartition(".")[2]
+                    traits = dict(sweep=p.sweep, by_row=p.by_row, groups=p.group_size is not None, bits16=p.bits == 16)
+                    found.setdefault(kernel, {"plain"}).update(name for name, has in traits.items() if has)
+        everything = {"plain", "sweep", "by_row", "groups", "bits16"}
+        assert found == {
+            **dict.fromkeys(("_mosaic_kernel", "_triton_serial", "_triton_int8", "_triton_dot"), everything),
+            "_triton_unpack": {"plain", "by_row", "bits16"},  # sweeps and groups go to `_triton_dot`
+        }
+
+    def test_run(self, rooms, capsys):
+        """Everything but the kernels: on the backend that is here."""
+        products = [
+            rooms.gpu_products.Product(m=3, activation_bits=8, by_row=True),
+            rooms.gpu_products.Product(m=1, activation_bits=16, group_size=128, sweep=True),
+            rooms.gpu_products.Product(m=3, activation_bits=None, bits=16, dtype="bfloat16"),
+        ]
+        assert rooms.gpu_products.run_all(products, ["xla"]) == 3
+        assert capsys.readouterr().out.count("done: xla") == 3
