@@ -124,21 +124,12 @@ void DotRows(const uint8_t* codes, int64_t words, int64_t width, Vector mask, Li
 
 template <int kLimbs>
 void DotLimbs(const uint8_t* codes, int64_t words, int64_t width, Vector mask, const LimbRows& rows, int32_t* sums) {
-  if constexpr (kLimbs > 1) {  // what the products with codes minus 128 leave out
-    const Vector ones = _mm512_set1_epi8(1);
-    for (int64_t row = 0; row < rows.rows; ++row) {
-      for (int limb = 1; limb < kLimbs; ++limb) {
-        const uint8_t* bytes = rows.data + row * rows.row_stride + limb * rows.limb_stride;
-        Vector four = _mm512_setzero_si512();
-        for (int64_t word = 0; word < words; ++word) {
-          AddProducts(four, _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * word))),
-                      ones);
-        }
-        const Vector left_out = _mm512_set1_epi32(128 * _mm512_reduce_add_epi32(four));
-        int32_t* out = sums + (row * kLimbs + limb) * width;
-        for (int64_t c = 0; c < width; c += 16) {
-          _mm512_storeu_si512(out + c, _mm512_add_epi32(_mm512_loadu_si512(out + c), left_out));
-        }
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    for (int limb = 1; limb < kLimbs; ++limb) {
+      const Vector left_out = LeftOut(rows.data + row * rows.row_stride + limb * rows.limb_stride, words);
+      int32_t* out = sums + (row * kLimbs + limb) * width;
+      for (int64_t c = 0; c < width; c += 16) {
+        _mm512_storeu_si512(out + c, _mm512_add_epi32(_mm512_loadu_si512(out + c), left_out));
       }
     }
   }

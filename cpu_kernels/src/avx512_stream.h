@@ -1,4 +1,4 @@
-// One row against words as they come: every word is read once, in runs of all channels of the block, and sums stay in the
+// Few rows against words as they come: every word is read once, in runs of all channels of the block, and sums stay in the
 // first-level cache. Included like common_kernels.h.
 //
 // vpdpbusd takes one unsigned and one signed operand: a signed limb goes with the codes as they are, an unsigned limb with
@@ -23,6 +23,57 @@ inline void LoadOperands(const uint8_t* limb, Vector* out) {
   }
 }
 
+// Words that all caches together do not hold come from memory, and are asked for a row of words ahead. Of words in the
+// last-level cache 32 lines ahead are enough, and more are worse: they push each other out of the first level.
+constexpr int64_t kCachedBytes = 24 << 20;
+constexpr int kLinesAhead = 32;
+
+// Offsets of the words to prefetch from those at hand: of channels before and from `split` of a block.
+struct Ahead {
+  int64_t first, second, split;
+};
+
+template <int kLayers, int kWords>
+inline Ahead WordsAhead(const WordBlock& block, int64_t first_word) {
+  constexpr int64_t kChannels = 16 * kLinesAhead / kLayers;
+  const int64_t next_row = first_word + 2 * kWords <= block.words ? kWords * block.word_stride : 0;
+  if (4 * kLayers * block.layer_stride > kCachedBytes) return {next_row, next_row, block.channels};
+  return {kChannels, next_row == 0 ? 0 : kChannels - block.channels + next_row, block.channels - kChannels};
+}
+
+template <int kLayers>
+inline void PrefetchLayers(const uint32_t* words, int64_t layer_stride) {
+  Unroll<kLayers>([&](auto i) PBJAX_INLINE {
+    _mm_prefetch(reinterpret_cast<const char*>(words + i * layer_stride), _MM_HINT_T0);
+  });
+}
+
+// body(code bytes, their operand, their sum) for 8 vectors of code bytes, of 16 channels and one word.
+template <int kLayers, typename Body>
+PBJAX_INLINE inline void ForCodes(const uint32_t* words, int64_t layer_stride, __mmask16 mask, const Body& body) {
+  constexpr int kDepth = Depth(kLayers);
+  using L = Layout<kDepth>;
+  Vector interleaved[L::kRegisters];
+  Interleave<kLayers>(words, layer_stride, mask, interleaved);
+  Unroll<L::kRegisters>([&](auto reg) PBJAX_INLINE {
+    const Vector merged = Transpose(interleaved[reg]);
+    Unroll<L::kPieces>([&](auto piece) PBJAX_INLINE {
+      Vector code = merged;
+      if constexpr (kDepth < 8) {
+        code = _mm512_and_si512(_mm512_srli_epi16(merged, 8 - kDepth * (piece + 1)), _mm512_set1_epi8((1 << kDepth) - 1));
+      }
+      body(std::integral_constant<int, reg * L::kPieces + piece>(), code);
+    });
+  });
+}
+
+template <int kLayers>
+struct CodeOf {
+  using L = Layout<Depth(kLayers)>;
+  static constexpr int Operand(int i) { return L::Operand(i / L::kPieces, i % L::kPieces); }
+  static constexpr int Sum(int i) { return L::SumOf(i / L::kPieces, i % L::kPieces); }
+};
+
 template <int kLayers, int kLimbs, int kWords>
 void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row, int32_t* scratch) {
   constexpr int kDepth = Depth(kLayers);
@@ -34,10 +85,10 @@ void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row
     }
   }
   const uint32_t* data = block.data + first_word * block.word_stride;
-  const bool more = first_word + 2 * kWords <= block.words;
-  const int64_t ahead = more ? kWords * block.word_stride : 0;
+  const Ahead ahead = WordsAhead<kLayers, kWords>(block, first_word);
   for (int64_t c = 0; c < block.channels; c += 16) {
     const __mmask16 mask = ChannelMask(block.channels - c);
+    const int64_t offset = c < ahead.split ? ahead.first : ahead.second;
     int32_t* memory = scratch + c * L::kSums * kLimbs;
     Vector sums[kLimbs][L::kSums];
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
@@ -47,25 +98,13 @@ void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row
     });
     Unroll<kWords>([&](auto w) PBJAX_INLINE {
       const uint32_t* words = data + w * block.word_stride + c;
-      Unroll<kLayers>([&](auto i) PBJAX_INLINE {
-        _mm_prefetch(reinterpret_cast<const char*>(words + i * block.layer_stride + ahead), _MM_HINT_T1);
-      });
-      Vector interleaved[L::kRegisters];
-      Interleave<kLayers>(words, block.layer_stride, mask, interleaved);
-      Unroll<L::kRegisters>([&](auto reg) PBJAX_INLINE {
-        const Vector merged = Transpose(interleaved[reg]);
-        Unroll<L::kPieces>([&](auto piece) PBJAX_INLINE {
-          constexpr int kSum = L::SumOf(reg, piece), kOperand = L::Operand(reg, piece);
-          Vector code = merged;
-          if constexpr (kDepth < 8) {
-            code = _mm512_and_si512(_mm512_srli_epi16(merged, 8 - kDepth * (piece + 1)),
-                                    _mm512_set1_epi8((1 << kDepth) - 1));
-          }
-          AddProducts(sums[0][kSum], code, operands[w][0][kOperand]);
-          if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
-          Unroll<kLimbs - 1>([&](auto i) PBJAX_INLINE {
-            AddProducts(sums[i + 1][kSum], operands[w][i + 1][kOperand], code);
-          });
+      PrefetchLayers<kLayers>(words + offset, block.layer_stride);
+      ForCodes<kLayers>(words, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE {
+        constexpr int kSum = CodeOf<kLayers>::Sum(i), kOperand = CodeOf<kLayers>::Operand(i);
+        AddProducts(sums[0][kSum], code, operands[w][0][kOperand]);
+        if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
+        Unroll<kLimbs - 1>([&](auto limb) PBJAX_INLINE {
+          AddProducts(sums[limb + 1][kSum], operands[w][limb + 1][kOperand], code);
         });
       });
     });
@@ -74,6 +113,63 @@ void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row
         _mm512_store_si512(memory + 16 * (limb * L::kSums + i), sums[limb][i]);
       });
     });
+  }
+}
+
+// Several rows: code bytes of two words stay in registers, and sums and activations come from the first-level cache.
+template <int kLayers, int kLimbs, int kWords>
+void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows, int32_t* scratch) {
+  constexpr int kDepth = Depth(kLayers), kRun = kDepth <= 2 ? 8 : 16;  // bytes of an operand, which all lanes share
+  using L = Layout<kDepth>;
+  alignas(64) uint8_t operands[kStreamRows][kLimbs][kWords][32];
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      for (int w = 0; w < kWords; ++w) {
+        const uint8_t* bytes = rows.data + r * rows.row_stride + limb * rows.limb_stride + 32 * (first_word + w);
+        __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+        if (kDepth == 4) word = _mm256_permute4x64_epi64(word, _MM_PERM_DBCA);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(operands[r][limb][w]), word);
+      }
+    }
+  }
+  const uint32_t* data = block.data + first_word * block.word_stride;
+  const Ahead ahead = WordsAhead<kLayers, kWords>(block, first_word);
+  int32_t* memory = scratch;
+  for (int64_t c = 0; c < block.channels; c += 16) {
+    const __mmask16 mask = ChannelMask(block.channels - c);
+    const int64_t offset = c < ahead.split ? ahead.first : ahead.second;
+    Vector codes[kWords][8];
+    Unroll<kWords>([&](auto w) PBJAX_INLINE {
+      const uint32_t* words = data + w * block.word_stride + c;
+      PrefetchLayers<kLayers>(words + offset, block.layer_stride);
+      ForCodes<kLayers>(words, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE { codes[w][i] = code; });
+    });
+    Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
+      if constexpr (limb == 1 && kDepth == 8) {
+        Unroll<kWords * 8>([&](auto i) PBJAX_INLINE {
+          codes[i / 8][i % 8] = _mm512_xor_si512(codes[i / 8][i % 8], _mm512_set1_epi8(-128));
+        });
+      }
+      int32_t* its = memory + limb * 16 * L::kSums;
+      const uint8_t* bytes = operands[0][limb][0];
+      for (int64_t r = 0; r < rows.rows; ++r) {
+        Vector sums[L::kSums];
+        Unroll<L::kSums>([&](auto i) PBJAX_INLINE { sums[i] = _mm512_load_si512(its + 16 * i); });
+        Unroll<kWords>([&](auto w) PBJAX_INLINE {
+          Vector operand[L::kOperands];
+          Unroll<L::kOperands>([&](auto i) PBJAX_INLINE { operand[i] = Broadcast<kRun>(bytes + 32 * w + kRun * i); });
+          Unroll<8>([&](auto i) PBJAX_INLINE {
+            Vector& sum = sums[CodeOf<kLayers>::Sum(i)];
+            const Vector q = operand[CodeOf<kLayers>::Operand(i)];
+            AddProducts(sum, limb == 0 ? codes[w][i] : q, limb == 0 ? q : codes[w][i]);
+          });
+        });
+        Unroll<L::kSums>([&](auto i) PBJAX_INLINE { _mm512_store_si512(its + 16 * i, sums[i]); });
+        its += kLimbs * 16 * L::kSums;
+        bytes += sizeof operands[0];
+      }
+    });
+    memory += rows.rows * kLimbs * 16 * L::kSums;
   }
 }
 
@@ -94,43 +190,52 @@ inline Vector AddLanes(const int32_t* sums) {
   }
 }
 
-// Words whose sums stay in registers: as many as the operands leave room for.
-constexpr int StreamStep(int layers, int limbs) { return limbs == 3 || layers <= 2 ? 1 : 2; }
+// Words whose sums stay in registers. With more of them the lines of bitlayers, powers of two apart, compete for a set of
+// the first-level cache.
+constexpr int StreamStep(int layers, int limbs) { return limbs == 2 && Depth(layers) == 4 ? 2 : 1; }
 
 template <int kLayers, int kLimbs>
-void StreamBlock(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch,
-                 int32_t* sums, int64_t sums_stride) {
+void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch, int32_t* sums, int64_t sums_stride) {
   constexpr int kDepth = Depth(kLayers), kSums = Layout<kDepth>::kSums;
-  __builtin_memset(scratch, 0, (block.channels + 15) / 16 * 64 * kSums * kLimbs);
-  constexpr int kStep = StreamStep(kLayers, kLimbs);
+  const int64_t blocks = (block.channels + 15) / 16, stride = rows.rows * kLimbs * 16 * kSums;
+  __builtin_memset(scratch, 0, blocks * stride * sizeof(int32_t));
   int64_t word = 0;
-  for (; word + kStep <= block.words; word += kStep) StreamWords<kLayers, kLimbs, kStep>(block, word, row, scratch);
-  for (; word < block.words; ++word) StreamWords<kLayers, kLimbs, 1>(block, word, row, scratch);
-  for (int64_t c = 0; c < block.channels; c += 16) {
-    const __mmask16 mask = ChannelMask(block.channels - c);
+  if (rows.rows == 1) {
+    constexpr int kStep = StreamStep(kLayers, kLimbs);
+    for (; word + kStep <= block.words; word += kStep) StreamWords<kLayers, kLimbs, kStep>(block, word, rows, scratch);
+    for (; word < block.words; ++word) StreamWords<kLayers, kLimbs, 1>(block, word, rows, scratch);
+  } else {
+    for (; word + 2 <= block.words; word += 2) StreamRows<kLayers, kLimbs, 2>(block, word, rows, scratch);
+    if (word < block.words) StreamRows<kLayers, kLimbs, 1>(block, word, rows, scratch);
+  }
+  for (int64_t r = 0; r < rows.rows; ++r) {
     for (int limb = 0; limb < kLimbs; ++limb) {
-      Vector total = AddLanes<kDepth>(scratch + (c * kLimbs + 16 * limb) * kSums);
-      if (kDepth == 8 && limb > 0) total = _mm512_add_epi32(total, _mm512_set1_epi32(128 * limb_sums[limb]));
-      total = _mm512_srai_epi32(total, kDepth - kLayers);
-      _mm512_mask_storeu_epi32(sums + limb * sums_stride + c, mask, total);
+      const bool centred = kDepth == 8 && limb > 0;
+      const uint8_t* bytes = rows.data + r * rows.row_stride + limb * rows.limb_stride;
+      const Vector left_out = centred ? LeftOut(bytes, block.words) : _mm512_setzero_si512();
+      const int32_t* its = scratch + (r * kLimbs + limb) * 16 * kSums;
+      int32_t* out = sums + (r * kLimbs + limb) * sums_stride;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Vector total = _mm512_add_epi32(AddLanes<kDepth>(its + i * stride), left_out);
+        _mm512_mask_storeu_epi32(out + 16 * i, ChannelMask(block.channels - 16 * i),
+                                 _mm512_srai_epi32(total, kDepth - kLayers));
+      }
     }
   }
 }
 
 template <int kLayers>
-void StreamLayers(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch,
-                  int32_t* sums, int64_t sums_stride) {
-  if (row.limbs == 1) StreamBlock<kLayers, 1>(block, row, limb_sums, scratch, sums, sums_stride);
-  if (row.limbs == 2) StreamBlock<kLayers, 2>(block, row, limb_sums, scratch, sums, sums_stride);
-  if (row.limbs == 3) StreamBlock<kLayers, 3>(block, row, limb_sums, scratch, sums, sums_stride);
+void StreamLayers(const WordBlock& block, const LimbRows& rows, int32_t* scratch, int32_t* sums, int64_t sums_stride) {
+  if (rows.limbs == 1) StreamBlock<kLayers, 1>(block, rows, scratch, sums, sums_stride);
+  if (rows.limbs == 2) StreamBlock<kLayers, 2>(block, rows, scratch, sums, sums_stride);
+  if (rows.limbs == 3) StreamBlock<kLayers, 3>(block, rows, scratch, sums, sums_stride);
 }
 
-void Stream(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch, int32_t* sums,
-            int64_t sums_stride) {
-  using Function = void (*)(const WordBlock&, const LimbRows&, const int32_t*, int32_t*, int32_t*, int64_t);
+void Stream(const WordBlock& block, const LimbRows& rows, int32_t* scratch, int32_t* sums, int64_t sums_stride) {
+  using Function = void (*)(const WordBlock&, const LimbRows&, int32_t*, int32_t*, int64_t);
   static constexpr Function kFunctions[] = {StreamLayers<1>, StreamLayers<2>, StreamLayers<3>, StreamLayers<4>,
                                             StreamLayers<5>, StreamLayers<6>, StreamLayers<7>, StreamLayers<8>};
-  kFunctions[block.layers - 1](block, row, limb_sums, scratch, sums, sums_stride);
+  kFunctions[block.layers - 1](block, rows, scratch, sums, sums_stride);
 }
 
 }  // namespace

@@ -37,6 +37,28 @@ PBJAX_INLINE inline Vector BroadcastFour(const uint8_t* bytes) {
   return _mm512_set1_epi32(four);
 }
 
+// 8 or 16 bytes in every lane of as many.
+template <int kBytes>
+PBJAX_INLINE inline Vector Broadcast(const uint8_t* bytes) {
+  if constexpr (kBytes == 16) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  } else {
+    int64_t eight;
+    __builtin_memcpy(&eight, bytes, 8);
+    return _mm512_set1_epi64(eight);
+  }
+}
+
+// What products of an unsigned limb with codes minus 128 leave out.
+inline Vector LeftOut(const uint8_t* limb, int64_t words) {
+  Vector four = _mm512_setzero_si512();
+  for (int64_t word = 0; word < words; ++word) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(limb + 32 * word));
+    AddProducts(four, _mm512_zextsi256_si512(bytes), _mm512_set1_epi8(1));
+  }
+  return _mm512_set1_epi32(128 * _mm512_reduce_add_epi32(four));
+}
+
 // Lanes of 16 channels from the one that has this many left.
 inline __mmask16 ChannelMask(int64_t left) { return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1); }
 

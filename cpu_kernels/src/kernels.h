@@ -32,7 +32,7 @@ struct LimbRows {
 // How a product is computed.
 enum class Method {
   kBlocks,  // unpack, then dot; values, then float_dot
-  kStream,  // stream: one row at one number of bitlayers
+  kStream,  // stream: up to kStreamRows rows at one number of bitlayers
   kCodes,   // unpack, then float_codes: float rows at up to 8 bitlayers
   kLookup,  // lookup, or float_lookup
 };
@@ -63,11 +63,9 @@ struct Kernels {
   void (*float_dot)(const float* values, int64_t num_k, int64_t width, const float* x, int64_t row_stride,
                     int64_t rows, float* sums);
 
-  // Null where a table does without. sums[limb][channel] = sum_k limb[k] * code[k][channel] of one row, where a code has
-  // block.layers bits. Reads each word once, in runs of all channels. `limb_sums[limb]` is sum_k limb[k]; `scratch` has
-  // StreamScratch(...) numbers.
-  void (*stream)(const WordBlock& block, const LimbRows& row, const int32_t* limb_sums, int32_t* scratch,
-                 int32_t* sums, int64_t sums_stride);
+  // Null where a table does without. sums[row][limb][channel] = sum_k limb[row][k] * code[k][channel], where a code has
+  // block.layers bits. Reads each word once, in runs of all channels. `scratch` has StreamScratch(...) numbers.
+  void (*stream)(const WordBlock& block, const LimbRows& rows, int32_t* scratch, int32_t* sums, int64_t sums_stride);
 
   // Null where a table does without. As values and float_dot, for up to kFewRows rows, from codes themselves.
   void (*float_codes)(const uint8_t* codes, int64_t words, int64_t width, int count, const float* x,
@@ -126,10 +124,11 @@ struct Columns {
   int limbs;
 };
 
-// int32 of scratch that `stream` needs for this many channels.
-constexpr int64_t StreamScratch(int64_t channels, int limbs) { return (channels + 15) / 16 * 64 * limbs; }
+// int32 of scratch that `stream` needs for this many channels, and rows times limbs.
+constexpr int64_t StreamScratch(int64_t channels, int64_t row_limbs) { return (channels + 15) / 16 * 64 * row_limbs; }
 
 constexpr int64_t kFewRows = 2;          // of float_codes
+constexpr int64_t kStreamRows = 16;      // of stream
 constexpr int64_t kTableBytes = 256;     // of one word of k and one limb
 constexpr int64_t kTableFloats = 8 * 16;  // of one word of k
 

@@ -20,6 +20,7 @@ constexpr int64_t kMaxPanelBytes = 32 << 20;   // of prepared activations
 constexpr int64_t kCodeBytes = 64 << 10;       // of one block of codes: second-level cache
 constexpr int64_t kValueBytes = 32 << 10;      // of one block of float weights: first-level cache
 constexpr int64_t kWideChannels = 1024;        // of one row: its sums fill the first-level cache
+constexpr int64_t kStreamChannels = 2048;      // times rows and limbs: their sums leave a third of that cache to words
 constexpr int64_t kLookupWords = 4;            // that several rows look up in turn
 constexpr int64_t kSerialWork = 1 << 15;       // words times rows below which one thread is enough
 constexpr int64_t kNarrowChannels = 64;        // that one task takes, so that shares of k are worth it
@@ -93,7 +94,9 @@ class Product {
     const RowBlock& block = blocks[0];
     const int64_t outputs = static_cast<int64_t>(block.outputs.size());
     int64_t width = limbs_ == 0 ? (outputs <= 16 ? 256 : 64) : (outputs <= 16 ? 512 : 128);
-    if (block.method == Method::kStream) width = kWideChannels;
+    if (block.method == Method::kStream) {
+      width = std::clamp<int64_t>(kStreamChannels / (block.rows * limbs_) / 64 * 64, 64, kWideChannels / 2);
+    }
     if (block.method == Method::kCodes) width = kWideChannels / 2;  // and a block of codes for their k
     if (block.method == Method::kLookup) width = outputs == 1 ? kWideChannels : kWideChannels / 2;
     if (problem_.num_words() * problem_.n * rows < kSerialWork) return std::max<int64_t>(16, width);
@@ -213,14 +216,11 @@ class Product {
     const RowBlock& block = task.block;
     const int64_t width = task.width;
     if (block.method == Method::kStream) {
-      scratch.Start(Scratch::Bytes<int32_t>(StreamScratch(width, limbs_)));
-      const LimbRows row = Limbs(task, 0, 1, start);
-      int32_t limb_sums[kMaxLimbs];
-      for (int limb = 0; limb < limbs_; ++limb) {
-        limb_sums[limb] = kernels_.sum(row.data + limb * row.limb_stride, (stop - start) * kWordBits, limb == 0);
-      }
-      kernels_.stream(Words(task, column, block.layers[column], start, stop), row, limb_sums,
-                      scratch.Take<int32_t>(StreamScratch(width, limbs_)), sums, width);
+      const MaskedRows& run = block.columns[column].front();
+      const int64_t size = StreamScratch(width, run.rows * limbs_);
+      scratch.Start(Scratch::Bytes<int32_t>(size));
+      kernels_.stream(Words(task, column, block.layers[column], start, stop), Limbs(task, run.first_row, run.rows, start),
+                      scratch.Take<int32_t>(size), sums, width);
       return;
     }
     if (block.method == Method::kLookup) return LookupSums(task, column, start, stop, sums);

@@ -130,7 +130,7 @@ int main(int argc, char** argv) {
           if (sweep && count < 8) continue;
           for (const Method method : {Method::kBlocks, Method::kStream, Method::kCodes, Method::kLookup}) {
             const bool is_float = activation_bits == 0;
-            if (method == Method::kStream && (is_float || table->stream == nullptr || m > 1 || sweep)) continue;
+            if (method == Method::kStream && (is_float || table->stream == nullptr || m > kStreamRows || sweep)) continue;
             if (method == Method::kCodes && (!is_float || table->float_codes == nullptr || m > kFewRows)) continue;
             if (method == Method::kLookup && (is_float ? (void*)table->float_lookup : (void*)table->lookup) == nullptr) continue;
             Kernels kernels = *table;
