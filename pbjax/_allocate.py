@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ import numpy as np
 from pallas_kernels.bit_matmul import contract
 from pbjax import _checks, _sweep
 from pbjax._allocation import Allocation
+from pbjax._layers import Layer, layers_of
 from pbjax._search import Search
-from pbjax._sensitivity import METRICS, Layer, Metric, Sensitivity, layers_of
+from pbjax._sensitivity import METRICS, Metric, Sensitivity
 
 _WHERE = "argument of allocate"
 
@@ -122,7 +123,7 @@ def allocate(
     return search.outcome(chosen, metric if isinstance(metric, str) else getattr(metric, "__name__", "error"))
 
 
-def _choices(layers: list[Layer], bitlayers: Iterable[int] | None) -> list[list[int]]:
+def _choices(layers: Sequence[Layer], bitlayers: Iterable[int] | None) -> list[list[int]]:
     """For each layer the numbers of bitlayers to choose from, in increasing order."""
     if bitlayers is None:
         return [list(range(1, layer.bits + 1)) for layer in layers]
@@ -175,7 +176,7 @@ def _check_limits(**limits: Any) -> tuple[str, float]:
     return name, _checks.number(name, value, _WHERE)
 
 
-def _check_paths(layers: list[Layer]) -> None:
+def _check_paths(layers: Sequence[Layer]) -> None:
     """Raises ValueError where a path does not tell BitTensors apart, which the numbers are handed out by."""
     names = [layer.name for layer in layers]
     twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)

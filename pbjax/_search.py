@@ -9,7 +9,8 @@ import numpy as np
 
 from pbjax import _front
 from pbjax._allocation import Allocation, AllocationRow, UniformRow
-from pbjax._sensitivity import Layer, Sensitivity
+from pbjax._layers import StoredLayer
+from pbjax._sensitivity import Sensitivity
 
 Costs = Sequence[np.ndarray]  # for each layer float64[choices]
 
@@ -28,7 +29,7 @@ class Candidate:
 class Search:
     """Measured allocations, and proposals of others from what the measured errors add up to."""
 
-    def __init__(self, layers: list[Layer], choices: list[list[int]], sensitivity: Sensitivity) -> None:
+    def __init__(self, layers: list[StoredLayer], choices: list[list[int]], sensitivity: Sensitivity) -> None:
         self._layers, self._choices, self._sensitivity = layers, choices, sensitivity
         self._bits = tuple(layer.bits for layer in layers)
         numbers = sorted(set().union(*choices))
@@ -40,7 +41,7 @@ class Search:
     def bytes_of_choices(self) -> Costs:
         """For each layer the bytes of each of its choices."""
         pairs = zip(self._layers, self._choices, strict=True)
-        return [np.array([layer.nbytes(b) for b in allowed]) for layer, allowed in pairs]
+        return [np.array([layer.bytes_of(b) for b in allowed]) for layer, allowed in pairs]
 
     def shares_of_choices(self) -> Costs:
         """For each layer what each of its choices adds to the bitlayers per weight."""
@@ -107,7 +108,7 @@ class Search:
                 shape=layer.shape,
                 bits=layer.bits,
                 bitlayers=b,
-                nbytes=layer.nbytes(b),
+                nbytes=layer.bytes_of(b),
                 errors=errors,
             )
             for layer, errors, b in zip(self._layers, self._singles, chosen.allocation, strict=True)
@@ -151,7 +152,7 @@ class Search:
         return self._sensitivity.errors(allocations).tolist() if allocations else []
 
     def _nbytes(self, allocation: Sequence[int]) -> int:
-        return sum(layer.nbytes(b) for layer, b in zip(self._layers, allocation, strict=True))
+        return sum(layer.bytes_of(b) for layer, b in zip(self._layers, allocation, strict=True))
 
     def _average(self, allocation: Sequence[int]) -> float:
         weights = [layer.num_weights for layer in self._layers]
