@@ -25,11 +25,13 @@ class AllocationRow(Layer):
       bits: bitlayers stored.
       bitlayers: bitlayers chosen.
       nbytes: bytes of the bitlayers chosen and of their scales.
+      cost: of the bitlayers chosen, in the unit that `pbjax.allocate` was asked to count.
       errors: by number of bitlayers, the measured error with this layer at it and all others at all they store.
     """
 
     bitlayers: int
     nbytes: int
+    cost: float
     errors: dict[int, float]
 
 
@@ -40,12 +42,14 @@ class UniformRow:
     Attributes:
       bitlayers: the number.
       nbytes: bytes of these bitlayers and of their scales.
+      cost: of these bitlayers.
       average: bitlayers per weight.
       error: the measured error.
     """
 
     bitlayers: int
     nbytes: int
+    cost: float
     average: float
     error: float
 
@@ -57,6 +61,8 @@ class Allocation(Tabular):
     Attributes:
       rows: one for each layer, in the order of the tree and of its stacks.
       nbytes: bytes of the bitlayers chosen and of their scales, over all layers.
+      cost: of the bitlayers chosen, over all layers.
+      cost_unit: "bytes", "seconds" or "cost".
       average: bitlayers per weight: each layer counts with the number of its weights.
       predicted_error: the error that the layers' own errors add up to.
       measured_error: the error of the whole function with this allocation.
@@ -69,6 +75,8 @@ class Allocation(Tabular):
 
     rows: tuple[AllocationRow, ...]
     nbytes: int
+    cost: float
+    cost_unit: str
     average: float
     predicted_error: float
     measured_error: float
@@ -97,27 +105,30 @@ class Allocation(Tabular):
     def to_table(self) -> rich.table.Table:
         """The allocation as a rich table."""
         shown = _tables.shown_bitlayers({b for row in self.rows for b in row.errors})
+        sizes = {"bytes": ["kB"], "seconds": ["kB", "ms"], "cost": ["kB", "cost"]}[self.cost_unit]
         table = _tables.table_of(
-            ["shape", "bits", "bitlayers", "kB", "error", *(f"{self.metric} {b}" for b in shown)],
+            ["shape", "bits", "bitlayers", *sizes, "error", *(f"{self.metric} {b}" for b in shown)],
             caption=f"{self.metric} b: error with this layer at b bitlayers and the others at all; "
             "under total and uniform, of everything together",
         )
+
+        def size_cells(of: AllocationRow | UniformRow | Allocation) -> list[str]:
+            factor = 1000 if self.cost_unit == "seconds" else 1
+            return [_tables.kilobytes(of.nbytes), f"{factor * of.cost:.4g}"][: len(sizes)]
+
         for row in self.rows:
             table.add_row(
                 *_tables.weight_cells(row.name, row.shape),
                 str(row.bits),
                 str(row.bitlayers),
-                _tables.kilobytes(row.nbytes),
+                *size_cells(row),
                 f"{row.errors[row.bitlayers]:.2e}",
                 *(f"{row.errors[b]:.2e}" if b in row.errors else "" for b in shown),
             )
         table.add_section()
-        for name, average, nbytes, error in (
-            ("total", f"{self.average:.2f}", self.nbytes, self.measured_error),
-            *(("uniform", f"{row.average:.3g}", row.nbytes, row.error) for row in self.uniform),
-        ):
-            table.add_row(name, "", "", average, _tables.kilobytes(nbytes), f"{error:.2e}")
-            if name == "total":
-                table.add_row("predicted", "", "", "", "", f"{self.predicted_error:.2e}")
-                table.add_section()
+        table.add_row("total", "", "", f"{self.average:.2f}", *size_cells(self), f"{self.measured_error:.2e}")
+        table.add_row("predicted", "", "", "", *[""] * len(sizes), f"{self.predicted_error:.2e}")
+        table.add_section()
+        for row in self.uniform:
+            table.add_row("uniform", "", "", f"{row.average:.3g}", *size_cells(row), f"{row.error:.2e}")
         return table
