@@ -26,6 +26,7 @@ from pbjax._quantized import quantized as quantized
 from pbjax._report import Report as Report
 from pbjax._report import ReportRow as ReportRow
 from pbjax._report import report as report
+from pbjax._seconds import product_seconds as product_seconds
 from pbjax._specs import Spec as Spec
 from pbjax._sweep import sweep as sweep
 from pbjax.files._load import load as load

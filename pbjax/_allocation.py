@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 from typing import Any
 
 import numpy as np
-import rich.console
 import rich.table
-import rich.text
+
+from pbjax import _tables
+from pbjax._layers import Layer
+from pbjax._tables import Tabular
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AllocationRow:
+class AllocationRow(Layer):
     """One layer: a BitTensor, or one of the weights that it stacks.
 
     Attributes:
@@ -24,21 +25,14 @@ class AllocationRow:
       bits: bitlayers stored.
       bitlayers: bitlayers chosen.
       nbytes: bytes of the bitlayers chosen and of their scales.
+      cost: of the bitlayers chosen, in the unit that `pbjax.allocate` was asked to count.
       errors: by number of bitlayers, the measured error with this layer at it and all others at all they store.
     """
 
-    path: str
-    index: tuple[int, ...]
-    shape: tuple[int, ...]
-    bits: int
     bitlayers: int
     nbytes: int
+    cost: float
     errors: dict[int, float]
-
-    @property
-    def name(self) -> str:
-        """The path, and the place in the stack."""
-        return self.path + "".join(f"[{i}]" for i in self.index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,23 +42,27 @@ class UniformRow:
     Attributes:
       bitlayers: the number.
       nbytes: bytes of these bitlayers and of their scales.
+      cost: of these bitlayers.
       average: bitlayers per weight.
       error: the measured error.
     """
 
     bitlayers: int
     nbytes: int
+    cost: float
     average: float
     error: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Allocation:
+class Allocation(Tabular):
     """A number of bitlayers for each layer, chosen by `pbjax.allocate`; prints as a table.
 
     Attributes:
       rows: one for each layer, in the order of the tree and of its stacks.
       nbytes: bytes of the bitlayers chosen and of their scales, over all layers.
+      cost: of the bitlayers chosen, over all layers.
+      cost_unit: "bytes", "seconds" or "cost".
       average: bitlayers per weight: each layer counts with the number of its weights.
       predicted_error: the error that the layers' own errors add up to.
       measured_error: the error of the whole function with this allocation.
@@ -77,6 +75,8 @@ class Allocation:
 
     rows: tuple[AllocationRow, ...]
     nbytes: int
+    cost: float
+    cost_unit: str
     average: float
     predicted_error: float
     measured_error: float
@@ -104,42 +104,31 @@ class Allocation:
 
     def to_table(self) -> rich.table.Table:
         """The allocation as a rich table."""
-        choices = sorted({b for row in self.rows for b in row.errors})
-        shown = [b for b in choices if b in (1, 2, 3, 4, 6, 8, 12, 16) or b == choices[-1]]
-        table = rich.table.Table(
+        shown = _tables.shown_bitlayers({b for row in self.rows for b in row.errors})
+        sizes = {"bytes": ["kB"], "seconds": ["kB", "ms"], "cost": ["kB", "cost"]}[self.cost_unit]
+        table = _tables.table_of(
+            ["shape", "bits", "bitlayers", *sizes, "error", *(f"{self.metric} {b}" for b in shown)],
             caption=f"{self.metric} b: error with this layer at b bitlayers and the others at all; "
-            "under total and uniform, of everything together"
+            "under total and uniform, of everything together",
         )
-        table.add_column("path", overflow="fold")
-        for name in ("shape", "bits", "bitlayers", "kB", "error"):
-            table.add_column(name, justify="right")
-        for b in shown:
-            table.add_column(f"{self.metric} {b}", justify="right")
+
+        def size_cells(of: AllocationRow | UniformRow | Allocation) -> list[str]:
+            factor = 1000 if self.cost_unit == "seconds" else 1
+            return [_tables.kilobytes(of.nbytes), f"{factor * of.cost:.4g}"][: len(sizes)]
+
         for row in self.rows:
             table.add_row(
-                rich.text.Text(row.name),  # as it is: text may look like markup
-                "x".join(map(str, row.shape)),
+                *_tables.weight_cells(row.name, row.shape),
                 str(row.bits),
                 str(row.bitlayers),
-                f"{row.nbytes / 1000:,.1f}",
+                *size_cells(row),
                 f"{row.errors[row.bitlayers]:.2e}",
                 *(f"{row.errors[b]:.2e}" if b in row.errors else "" for b in shown),
             )
         table.add_section()
-        for name, average, nbytes, error in (
-            ("total", f"{self.average:.2f}", self.nbytes, self.measured_error),
-            *(("uniform", f"{row.average:.3g}", row.nbytes, row.error) for row in self.uniform),
-        ):
-            table.add_row(name, "", "", average, f"{nbytes / 1000:,.1f}", f"{error:.2e}")
-            if name == "total":
-                table.add_row("predicted", "", "", "", "", f"{self.predicted_error:.2e}")
-                table.add_section()
+        table.add_row("total", "", "", f"{self.average:.2f}", *size_cells(self), f"{self.measured_error:.2e}")
+        table.add_row("predicted", "", "", "", *[""] * len(sizes), f"{self.predicted_error:.2e}")
+        table.add_section()
+        for row in self.uniform:
+            table.add_row("uniform", "", "", f"{row.average:.3g}", *size_cells(row), f"{row.error:.2e}")
         return table
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        rich.console.Console(file=text, width=160, force_jupyter=False).print(self.to_table())
-        return text.getvalue()
-
-    def __rich__(self) -> rich.table.Table:
-        return self.to_table()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 import rich.table
-import rich.text
 
-from pbjax import _bit_tensor, _interpret, _paths, _quantized
+from pbjax import _bit_tensor, _interpret, _paths, _quantized, _tables
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
 from pbjax._packed import Dequantized
+from pbjax._tables import Tabular
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class ReportRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Tabular):
     """The outcome of `pbjax.report`; prints as a table.
 
     Attributes:
@@ -66,17 +64,12 @@ class Report:
     def to_table(self) -> rich.table.Table:
         """The report as a rich table."""
         most = max((len(row.errors) for row in self.rows), default=0)
-        table = rich.table.Table(
-            caption=f"err b: relative error of the weights after b bitlayers, against the {self.reference} weights"
-            if most
-            else None
+        shown = _tables.shown_bitlayers(range(1, most + 1))
+        caption = f"err b: relative error of the weights after b bitlayers, against the {self.reference} weights"
+        table = _tables.table_of(
+            ["shape", "bits", "used", "float kB", "packed kB", *(f"err {b}" for b in shown)],
+            caption=caption if shown else None,
         )
-        table.add_column("path", overflow="fold")
-        for name in ("shape", "bits", "used", "float kB", "packed kB"):
-            table.add_column(name, justify="right")
-        shown = [b for b in range(1, most + 1) if b in (1, 2, 3, 4, 6, 8, 12, 16) or b == most]
-        for b in shown:
-            table.add_column(f"err {b}", justify="right")
         notes = any(row.dequantized_by for row in self.rows)
         if notes:
             table.add_column("as floats for")
@@ -85,24 +78,15 @@ class Report:
             if row is self.total:
                 table.add_section()
             table.add_row(
-                rich.text.Text(row.path),  # as it is: text may look like markup
-                "x".join(map(str, row.shape)),
+                *_tables.weight_cells(row.path, row.shape),
                 "" if row.bits is None else str(row.bits),
                 used,
-                f"{row.float_bytes / 1000:,.1f}",
-                f"{row.packed_bytes / 1000:,.1f}",
+                _tables.kilobytes(row.float_bytes),
+                _tables.kilobytes(row.packed_bytes),
                 *(f"{row.errors[b - 1]:.4f}" if b <= len(row.errors) else "" for b in shown),
                 *([", ".join(row.dequantized_by)] if notes else []),
             )
         return table
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        rich.console.Console(file=text, width=160, force_jupyter=False).print(self.to_table())
-        return text.getvalue()
-
-    def __rich__(self) -> rich.table.Table:
-        return self.to_table()
 
 
 def report(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import sys
@@ -15,71 +14,13 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from pallas_kernels.bit_matmul import contract
-from pbjax import _bit_tensor, _paths, _sweep
+from pbjax import _paths, _sweep
 from pbjax._bit_tensor import is_bit_tensor
+from pbjax._layers import Layer
 
 Metric = Callable[[Any, Any], jax.Array]
 
 _MANY_PASSES = 16  # a bar appears, on a terminal, from here on
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What gets a number of bitlayers of its own: a BitTensor, or one of the weights that it stacks.
-
-    Attributes:
-      path: pytree path of the BitTensor.
-      index: place in the stack; () without one.
-      shape: shape of the weight, without stack axes.
-      bits: bitlayers stored.
-      words_bytes: of one bitlayer.
-      scale_bytes: of one row of scales; b bitlayers keep min(b, 4) rows.
-    """
-
-    path: str
-    index: tuple[int, ...]
-    shape: tuple[int, ...]
-    bits: int
-    words_bytes: int
-    scale_bytes: int
-
-    @property
-    def name(self) -> str:
-        """The path, and the place in the stack."""
-        return self.path + "".join(f"[{i}]" for i in self.index)
-
-    @property
-    def num_weights(self) -> int:
-        return math.prod(self.shape)
-
-    def nbytes(self, bitlayers: int) -> int:
-        """Bytes of the first bitlayers and of their scales, as `pbjax.truncate` keeps them."""
-        return bitlayers * self.words_bytes + min(bitlayers, contract.NUM_SCALES) * self.scale_bytes
-
-
-def layers_of(tree: Any) -> list[Layer]:
-    """The layers of a tree, in the order of its leaves and of their stacks."""
-    names, leaves, _ = _paths.named_leaves(tree)
-    _bit_tensor.check_any(leaves)
-    layers = []
-    for name, leaf in zip(names, leaves, strict=True):
-        if not is_bit_tensor(leaf):
-            continue
-        tensor = _bit_tensor.checked(leaf, name)
-        groups = contract.num_groups(tensor.k, tensor.group_size)
-        layers += [
-            Layer(
-                path=name,
-                index=index,
-                shape=tensor.packed_shape,
-                bits=tensor.bits,
-                words_bytes=4 * contract.num_words(tensor.k) * tensor.n,
-                scale_bytes=4 * groups * tensor.n,
-            )
-            for index in np.ndindex(*tensor.stack_shape)
-        ]
-    return layers
 
 
 class Sensitivity:

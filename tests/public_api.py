@@ -46,9 +46,15 @@ def _is_own(value: Any) -> bool:
 
 
 def _members(full: str, cls: type) -> Iterator[str]:
-    """Methods and properties of its own; fields are in the signature of a dataclass."""
+    """Methods and properties that pbjax gives it; fields are in the signature of a dataclass."""
     fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    for name, value in vars(cls).items():
+    own = {
+        name: value
+        for base in reversed(cls.__mro__)
+        if base.__module__.startswith(("pbjax", "pallas_kernels"))
+        for name, value in vars(base).items()
+    }
+    for name, value in own.items():
         if name.startswith("_") or name in fields:
             continue
         if isinstance(value, property):

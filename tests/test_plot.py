@@ -17,12 +17,27 @@ import pbjax
 
 ROWS = tuple(
     pbjax.AllocationRow(
-        path="stack/kernel", index=(i,), shape=(64, 64), bits=8, bitlayers=b, nbytes=512 * b, errors={b: 0.1}
+        path="stack/kernel",
+        index=(i,),
+        shape=(64, 64),
+        bits=8,
+        bitlayers=b,
+        nbytes=512 * b,
+        cost=512 * b,
+        errors={b: 0.1},
     )
     for i, b in enumerate((2, 8, 5))
 )
 ALLOCATION = pbjax.Allocation(
-    rows=ROWS, nbytes=7680, average=5.0, predicted_error=0.3, measured_error=0.25, metric="mse", uniform=()
+    rows=ROWS,
+    nbytes=7680,
+    cost=7680,
+    cost_unit="bytes",
+    average=5.0,
+    predicted_error=0.3,
+    measured_error=0.25,
+    metric="mse",
+    uniform=(),
 )
 
 
