@@ -192,6 +192,34 @@ def test_dot(dtype, m, sweep, gpu):
     assert found.count("LDG.E.128") > 0
 
 
+GROUPS = {
+    "one row": problem(activation_bits=None, group_size=128),
+    "64 rows": problem(m=64, activation_bits=None, group_size=128),
+    "groups of a word": problem(m=8, bits=4, activation_bits=None, group_size=32),
+    "sixteen bits": problem(m=64, bits=16, activation_bits=None, group_size=256),
+    "uneven": problem(m=17, k=4001, n=4100, activation_bits=None, group_size=96),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("sweep", [False, True], ids=["product", "sweep"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("problem", GROUPS.values(), ids=GROUPS)
+def test_groups_of_float_activations(problem, dtype, sweep, gpu):
+    """Unpacked in registers, multiplied on the tensor core, scaled and added up in the program."""
+    config = triton.config_for(problem)
+    assert isinstance(config, triton.GroupsConfig)
+    found = kernel(problem, gpu, sweep, dtype)
+    assert found.name == "bit_matmul_groups"
+    assert found.spill_bytes == 0
+    assert not found.uses_local_memory
+    loops = [loop for loop in found.loops if machine_code.count(loop, "HMMA") + machine_code.count(loop, "HGMMA")]
+    assert len(loops) == len(problem.code_limbs)
+    for loop, (first, last) in zip(loops, problem.code_limbs, strict=True):
+        if config.block_words == 4:  # one load of 16 bytes for each bitlayer; the others are of activations
+            assert machine_code.count(loop, "LDG.E.128") >= last - first
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_unpack(gpu):
     """Bitlayers become bfloat16 at 16 bytes a load and a store."""
