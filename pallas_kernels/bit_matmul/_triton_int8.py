@@ -62,7 +62,8 @@ def config_for(problem: contract.Problem) -> Config:
     num_sums = problem.activation_limbs * len(problem.code_limbs)
     block_n, parts = _BLOCK_N, None
     if problem.groups > 1:  # the sums of every group would have to be written, and read again
-        block_n = _BLOCK_N if num_sums == 1 else _BLOCK_N // 2
+        few_sums = num_sums == 1 and len(problem.segments) == problem.groups  # beside those of the group, or of all
+        block_n = _BLOCK_N if few_sums else _BLOCK_N // 2
     else:
         programs = pl.cdiv(problem.n, _BLOCK_N) * pl.cdiv(problem.m, _BLOCK_ROWS)
         parts = min(pl.cdiv(MIN_PROGRAMS, programs), pl.cdiv(segment_words, block_words))
@@ -341,7 +342,8 @@ def _kernel(
 
         def factor(group):
             row = jnp.minimum(count, scale.shape[0]) - 1
-            return _triton_codes.load(scale.at[row, group, channels], inside, 0)[None, :]
+            place, exist = channels_again()
+            return _triton_codes.load(scale.at[row, group, place], exist, 0)[None, :]
 
         unit = epilogue.unit(count, problem.fixed_point_bits)
         if problem.groups == 1:
@@ -355,18 +357,20 @@ def _kernel(
     def add_count(count):
         """Stores the rows of one number of bitlayers, mostly all of them; returns the next number."""
 
-        def store(ref, value):
+        def store(index, value):
+            place, exist = channels_again()
             mask = jnp.broadcast_to((row_counts() == count)[:, None], zero.shape)
-            _compat.triton_store(ref, value, mask=mask if inside is None else mask & inside[None, :])
+            mask = mask if exist is None else mask & exist[None, :]
+            _compat.triton_store(out.at[*index, rows_again(), place], value, mask=mask)
 
         if config.parts is None:
-            store(out.at[rows_again(), channels], product(count))
+            store((), product(count))
             return next_count(count)
         for c, (first, last) in enumerate(problem.code_limbs):
             for group in groups_of_limbs:
                 for a, total in zip(group, limb_sums(first, last, count, part, group), strict=True):
                     index = jnp.int32(c * problem.activation_limbs + a)
-                    store(out.at[part, index, rows_again(), channels], total)
+                    store((part, index), total)
         return next_count(count)
 
     def next_count(count):
@@ -376,13 +380,18 @@ def _kernel(
     def row_counts():  # rows past m count as 0, which no pass is for
         return _triton_codes.load(counts.at[rows_again()], row_inside, 0)
 
-    def rows_again():
-        """`rows`, but so that addresses are computed where they are used, behind the loops.
+    # Rows and channels once more, so that addresses are computed where they are used, behind the loops: the first word
+    # is number 0, which the compiler does not know. If it did, it would compute them before the loops, and keep them in
+    # registers that the loops need.
 
-        The first word is number 0, which the compiler does not know. If it did, it would compute the addresses before
-        the loops, and keep them in registers that the loops need.
-        """
+    def rows_again():
         return pl.ds(first_row + spans[0, 0], config.block_rows)
+
+    def channels_again():
+        if problem.groups == 1:  # then there is no loop but that over words
+            return channels, inside
+        first = first_channel + spans[0, 0]
+        return pl.ds(first, config.block_n), _triton_codes.inside(first, config.block_n, problem.n)
 
     if not sweep:
         lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
@@ -391,9 +400,10 @@ def _kernel(
     @pl.when(part < counts[0])
     def _():
         masks = [] if row_inside is None else [row_inside[:, None]]
-        masks += [] if inside is None else [inside[None, :]]
+        place, exist = channels_again()
+        masks += [] if exist is None else [exist[None, :]]
         mask = _triton_codes.all_of((config.block_rows, config.block_n), masks)
-        _compat.triton_store(out.at[part, rows_again(), channels], product(part + 1), mask=mask)
+        _compat.triton_store(out.at[part, rows_again(), place], product(part + 1), mask=mask)
 
 
 def load_activations(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:

@@ -2,9 +2,10 @@
 
 Few rows of fixed point go to `_triton_serial`, which works on the words themselves, many to `_triton_int8`, which
 unpacks words for the int8 tensor core; both sum the same integers, so which one runs never shows. Float activations go
-to `_triton_dot`, which unpacks words for the bfloat16 tensor core, or, for very many rows, to `_triton_unpack`, which
-unpacks them once for a dot of XLA's. Sweeps of many rows go to `_triton_int8_sweep` and `_triton_dot`. `matmul` and
-`prefixes` are those of the contract; `interpret` runs their kernels on the CPU, as JAX operations.
+to `_triton_dot`, which unpacks words for the bfloat16 tensor core, with short groups to `_triton_groups`, or, for very
+many rows, to `_triton_unpack`, which unpacks them once for a dot of XLA's. Sweeps of many rows go to
+`_triton_int8_sweep`, `_triton_dot` and `_triton_groups`. `matmul` and `prefixes` are those of the contract; `interpret`
+runs their kernels on the CPU, as JAX operations.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bit_matmul import (
     _triton_dot,
+    _triton_groups,
     _triton_int8,
     _triton_int8_sweep,
     _triton_serial,
@@ -33,10 +35,17 @@ from pallas_kernels.bit_matmul import (
 SerialConfig = _triton_serial.Config
 Int8Config = _triton_int8.Config
 DotConfig = _triton_dot.Config
+GroupsConfig = _triton_groups.Config
 UnpackConfig = _triton_unpack.Config
-Config = SerialConfig | Int8Config | DotConfig | UnpackConfig
-CONFIGS = {"serial": SerialConfig, "int8": Int8Config, "dot": DotConfig, "unpack": UnpackConfig}
-_FLOAT_CONFIGS = (DotConfig, UnpackConfig)
+Config = SerialConfig | Int8Config | DotConfig | GroupsConfig | UnpackConfig
+CONFIGS = {
+    "serial": SerialConfig,
+    "int8": Int8Config,
+    "dot": DotConfig,
+    "groups": GroupsConfig,
+    "unpack": UnpackConfig,
+}
+_FLOAT_CONFIGS = (DotConfig, GroupsConfig, UnpackConfig)
 
 _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
 _MAX_CODES = 2**31  # Pallas counts in 64 bits where an array has more than 2**32 bytes, in signed 32 bits else
@@ -49,17 +58,13 @@ _MAX_SERIAL_WORK = 256  # beyond which it is not worth timing
 # Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate, not measured.
 # `_triton_dot` unpacks again for every 64 rows.
 _XLA_DOT_ROWS = 256
-_MIN_FLOAT_GROUP = 512  # k of one dot's 16 words; shorter groups would leave most of it empty
+_MIN_DOT_WORDS = 16  # of a group, for one dot of `_triton_dot`; shorter ones would leave most of it empty
 
 
 def unsupported(problem: contract.Problem) -> str | None:
     """Why the kernels cannot run a problem, or None."""
     if problem.k == 0:
         return "k is 0, so there are no words to load"
-    if problem.activation_bits is None and (problem.group_size or _MIN_FLOAT_GROUP) < _MIN_FLOAT_GROUP:
-        return (
-            f"with float activations a group has at least {_MIN_FLOAT_GROUP} weights here, but has {problem.group_size}"
-        )
     if problem.activation_bits is not None:
         config = config_for(problem)
         if isinstance(config, Int8Config):
@@ -77,6 +82,8 @@ def unsupported(problem: contract.Problem) -> str | None:
 def config_for(problem: contract.Problem) -> Config:
     """How a problem is cut into programs, by its shape alone; the type says which kernel runs it."""
     if problem.activation_bits is None:
+        if problem.groups > 1 and problem.words_per_group < _MIN_DOT_WORDS:
+            return _triton_groups.config_for(problem)
         many = problem.m >= _XLA_DOT_ROWS and problem.groups == 1
         return (_triton_unpack if many else _triton_dot).config_for(problem)
     few = problem.m * problem.activation_bits <= _SERIAL_WORK
@@ -90,6 +97,8 @@ def candidates(problem: contract.Problem) -> list[Config]:
         found += _variants(_triton_dot.config_for(problem), num_warps=(4, 8), block_n=(64, 128))
         if problem.groups == 1:
             found += _variants(_triton_unpack.config_for(problem), num_warps=(4, 8))
+        else:
+            found += _variants(_triton_groups.config_for(problem), num_warps=(4, 8), block_n=(64, 128))
     else:
         serial = _triton_serial.config_for(problem)
         if problem.m * problem.activation_bits <= _MAX_SERIAL_WORK:
@@ -160,6 +169,8 @@ def _matmul(
         )
     if isinstance(config, UnpackConfig):
         return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
+    if isinstance(config, GroupsConfig):
+        return _triton_groups.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
     sums = _triton_dot.group_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
     return jnp.sum(sums * jax.vmap(epilogue.scale_rows, in_axes=(1, None))(scale, bitlayers), axis=0)
 
@@ -186,6 +197,8 @@ def prefixes(
     if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
         return _triton_serial.matmul(problem, x, words, scale, limits, sweep=True, config=config, interpret=interpret)
+    if isinstance(config, GroupsConfig):
+        return _triton_groups.matmul(problem, x, words, scale, limit, config=config, interpret=interpret)
     if isinstance(config, _FLOAT_CONFIGS):
         if isinstance(config, UnpackConfig):  # would write, and read again, 16 bits for each bit
             config = _triton_dot.config_for(problem)
