@@ -94,6 +94,7 @@ class Kernel:
     shared_bytes: int  # static; what a launch adds is not seen here
     opcodes: tuple[str, ...]
     loops: tuple[tuple[str, ...], ...]  # the opcodes of each innermost loop, in order of address
+    outer_loops: tuple[tuple[str, ...], ...]  # those of each loop around others, without what is in these
     sass: str = dataclasses.field(repr=False)
 
     def count(self, prefix: str) -> int:
@@ -256,7 +257,7 @@ def _assemble(path: pathlib.Path) -> Iterator[Kernel]:
     for name, facts in re.findall(r"Function properties for (\S+)\n(.*?)(?=Function properties|\Z)", report, re.DOTALL):
         if name not in texts:  # a function that was inlined or a library stub
             continue
-        opcodes, loops = _read(texts[name])
+        opcodes, loops, outer_loops = _read(texts[name])
         yield Kernel(
             name=name,
             arch=arch,
@@ -266,6 +267,7 @@ def _assemble(path: pathlib.Path) -> Iterator[Kernel]:
             shared_bytes=_number(r"(\d+) bytes smem", facts),
             opcodes=opcodes,
             loops=loops,
+            outer_loops=outer_loops,
             sass=texts[name],
         )
 
@@ -286,8 +288,14 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
-def _read(text: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """The opcodes of a function, and those of each innermost loop: a jump back with no other such jump inside."""
+_Opcodes = tuple[str, ...]
+
+
+def _read(text: str) -> tuple[_Opcodes, tuple[_Opcodes, ...], tuple[_Opcodes, ...]]:
+    """The opcodes of a function, those of each innermost loop, and those of each other one, without the loops in it.
+
+    A loop is a jump back, from its target on; it is an innermost one if no other such jump is inside.
+    """
     labels: dict[str, int] = {}
     instructions: list[tuple[str, str]] = []
     for line in text.splitlines():
@@ -302,12 +310,12 @@ def _read(text: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
         # The jump to itself that ends every kernel is no loop.
         if opcode.startswith("BRA") and target and labels.get(target[1], stop) < stop:
             loops.add((labels[target[1]], stop))
-    inner = [
-        (start, stop)
-        for start, stop in sorted(loops)
-        if not any((start, stop) != other and start <= other[0] and other[1] <= stop for other in loops)
-    ]
-    return opcodes, tuple(opcodes[start : stop + 1] for start, stop in inner)
+    innermost, outer = [], []
+    for start, stop in sorted(loops):
+        inside = [loop for loop in loops if loop != (start, stop) and start <= loop[0] and loop[1] <= stop]
+        own = [i for i in range(start, stop + 1) if not any(first <= i <= last for first, last in inside)]
+        (outer if inside else innermost).append(tuple(opcodes[i] for i in own))
+    return opcodes, tuple(innermost), tuple(outer)
 
 
 def _run(tool: str, *args: object) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The table of CONTRIBUTING.md that says what machine code promises: every bound in it holds."""
+"""The tables of CONTRIBUTING.md that say what machine code promises: every bound in them holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.bit_matmul import contract, mosaic, triton
@@ -24,7 +25,9 @@ pytestmark = [
 GPU = machine_code.GPUS["h200"]
 LOAD_BYTES = 512  # of a warp: 16 to a lane
 REGISTERS_PER_SM, WARPS_PER_SM, PROGRAMS_PER_SM = 65536, 64, 32  # CUDA C++ Programming Guide, compute capability 9.0
-TABLE = re.compile(r"^\| `(\w+)` \| (\d+) \| (\d+) \|(.*)\|$", re.MULTILINE)  # backend, rows, width, numbers
+TABLE = re.compile(r"^\| `(mosaic|triton)` \| (\d+) \| (\d+) \|(.*)\|$", re.MULTILINE)  # backend, rows, width, numbers
+# kernel, rows, activations, instructions per weight
+WEIGHTS = re.compile(r"^\| `(_triton_\w+)` \| (\d+) \| (\w+) \| ([\d.]+) \|$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Facts:
     registers: int
     warps: int  # that an SM holds, by registers and shared memory
     instructions: float  # of the inner loop, per word
+    instructions_of_a_sweep: float  # likewise
     bytes_in_flight: int  # of words, requested by the warps of an SM before each uses the first
 
     @property
@@ -43,19 +47,19 @@ class Facts:
 
 
 def facts_of(backend: str, m: int, width: int) -> Facts:
-    problem = contract.Problem(m=m, k=8192, n=8192, bits=8, group_size=None, activation_bits=width)
+    problem = problem_of(m, width)
     if backend == "mosaic":
-        found = test_mosaic_machine_code.kernel(problem, "h200", False)
+        found, sweep = (test_mosaic_machine_code.kernel(problem, "h200", sweep) for sweep in (False, True))
         plan = Plan(problem=problem, config=mosaic.config_for(problem), sweep=False)
         warps, used = WARPS, "BMMA"
         shared = 4 * plan.scratch_shape[0] * plan.scratch_shape[1] * plan.scratch_shape[2]
     else:
-        found = test_triton_machine_code.kernel(problem, "h200", False)
+        found, sweep = (test_triton_machine_code.kernel(problem, "h200", sweep) for sweep in (False, True))
         config = triton.config_for(problem)
         assert isinstance(config, triton.SerialConfig)
         warps, used, shared = config.num_warps, "POPC", found.shared_bytes
     (loop,) = [loop for loop in found.loops if machine_code.count(loop, used)]
-    loads = machine_code.count(loop, "LDG.E.128")
+    (sweep_loop,) = [loop for loop in sweep.loops if machine_code.count(loop, used)]
     first_use = next(i for i, opcode in enumerate(loop) if opcode.startswith(used))
     requested = machine_code.count(loop[:first_use], "LDG.E.128")
     registers = -(-found.registers // 8) * 8  # as they are given out
@@ -68,9 +72,38 @@ def facts_of(backend: str, m: int, width: int) -> Facts:
     return Facts(
         registers=found.registers,
         warps=programs * warps,
-        instructions=len(loop) / (4 * loads),
+        instructions=_per_word(loop),
+        instructions_of_a_sweep=_per_word(sweep_loop),
         bytes_in_flight=programs * warps * requested * LOAD_BYTES,
     )
+
+
+def problem_of(m: int, width: int | None) -> contract.Problem:
+    return contract.Problem(m=m, k=8192, n=8192, bits=8, group_size=None, activation_bits=width)
+
+
+def _per_word(loop: tuple[str, ...]) -> float:
+    return len(loop) / (4 * machine_code.count(loop, "LDG.E.128"))
+
+
+def instructions_per_weight(name: str, m: int, activations: str) -> float:
+    """Of a lane of a kernel that unpacks words: of its loops over words, or of all of it where there is no loop."""
+    width = int(activations) if activations.isdigit() else None
+    problem = problem_of(m, width)
+    config = triton.config_for(problem)
+    assert type(config).__module__.endswith(name)
+    dtype = jnp.int32 if width else jnp.dtype(activations).type
+    found = test_triton_machine_code.kernel(problem, "h200", False, dtype)
+    words = config.block_words * config.block_n / (32 * config.num_warps)  # of a lane, in a turn of the loop
+    if name == "_triton_unpack":
+        return len(found.opcodes) / (32 * words)
+    if name == "_triton_int8":
+        used = [loop for loop in found.loops if machine_code.count(loop, "IGMMA")]
+        return sum(map(len, used)) / (32 * words)
+    # A turn of the outer loop takes 4 bits of each word, of every bitlayer in a loop of its own.
+    (load,) = [loop for loop in found.loops if machine_code.count(loop, "LDG.E.128")]
+    (dot,) = [loop for loop in found.outer_loops if test_triton_machine_code.tensor_core(loop)]
+    return (len(dot) + problem.bits * len(load)) / (4 * words)
 
 
 def rows_of_table() -> list[tuple[str, int, int, list[float]]]:
@@ -91,12 +124,33 @@ def test_the_table_has_every_kernel_for_few_rows():
     }
 
 
+def rows_of_weights() -> list[tuple[str, int, str, float]]:
+    text = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    return [(kernel, int(m), activations, float(bound)) for kernel, m, activations, bound in WEIGHTS.findall(text)]
+
+
+def test_the_table_has_every_kernel_that_unpacks():
+    assert {(kernel, m, activations) for kernel, m, activations, _ in rows_of_weights()} == {
+        ("_triton_int8", 64, "8"),
+        ("_triton_int8", 64, "16"),
+        ("_triton_dot", 16, "float32"),
+        ("_triton_dot", 64, "bfloat16"),
+        ("_triton_unpack", 256, "bfloat16"),
+    }
+
+
+@pytest.mark.parametrize(("name", "m", "activations", "bound"), rows_of_weights())
+def test_bounds_of_weights(name, m, activations, bound):
+    assert instructions_per_weight(name, m, activations) <= bound
+
+
 @pytest.mark.parametrize(("backend", "m", "width", "promised"), rows_of_table())
 def test_bounds(backend, m, width, promised):
     facts = in_own_process(facts_of, backend, m, width)
-    registers, warps, instructions, kilobytes, covered_ns = promised
+    registers, warps, instructions, of_a_sweep, kilobytes, covered_ns = promised
     assert facts.registers <= registers
     assert facts.warps >= warps
     assert facts.instructions <= instructions
+    assert facts.instructions_of_a_sweep <= of_a_sweep
     assert facts.bytes_in_flight >= 1000 * kilobytes
     assert facts.covered_ns >= covered_ns

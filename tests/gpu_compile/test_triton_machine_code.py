@@ -180,16 +180,67 @@ def test_int8_sweep(name, gpu):
         assert len(loop) / codes <= _INSTRUCTIONS_PER_BIT_OF_A_SWEEP[gpu]
 
 
+# Of `_triton_dot`, of a lane. A word is loaded in 8 turns, each for 4 bit positions: so this is 1.3 for each code and
+# bitlayer, about half of what a product at 8 bitlayers takes.
+_INSTRUCTIONS_PER_WORD_OF_A_TURN = 5.3
+# Then each code, whatever the bitlayers: to a float, to the centre of its cell, to bfloat16, through shared memory to
+# the tensor core; with the parts of the activations, three of float32 and one of bfloat16, and their barriers.
+_INSTRUCTIONS_PER_CODE_OF_A_DOT = {
+    ("h200", "float32"): 10.7,
+    ("h200", "bfloat16"): 8.7,
+    ("a100", "float32"): 10.7,
+    ("a100", "bfloat16"): 9.1,
+}
+# A program of a sweep takes one bitlayer, and does both.
+_INSTRUCTIONS_PER_BIT_OF_A_DOT = {
+    ("h200", "float32"): 10.0,
+    ("h200", "bfloat16"): 8.2,
+    ("a100", "float32"): 10.0,
+    ("a100", "bfloat16"): 8.7,
+}
+# Few rows at 8 bitlayers: what the loop over numbers of bitlayers keeps, around the loops over words.
+_SPILLED_BYTES = {"h200": 56, "a100": 12}
+
+
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("sweep", [False, True], ids=["product", "sweep"])
-@pytest.mark.parametrize(("dtype", "m"), [(jnp.float32, 16), (jnp.bfloat16, 64)])
-def test_dot(dtype, m, sweep, gpu):
+@pytest.mark.parametrize(
+    ("dtype", "m", "bits", "sweep"),
+    [
+        *((dtype, m, 16, sweep) for dtype, m in ((jnp.float32, 16), (jnp.bfloat16, 64)) for sweep in (False, True)),
+        (jnp.float32, 16, 8, False),
+        (jnp.bfloat16, 1, 8, False),
+    ],
+)
+def test_dot(dtype, m, bits, sweep, gpu):
     """Unpacked in registers and multiplied on the tensor core; up to 16 bitlayers."""
-    found = kernel(problem(m=m, bits=16, activation_bits=None), gpu, sweep, dtype)
-    assert found.spill_bytes == 0
-    assert not found.uses_local_memory
-    assert found.count("HMMA") + found.count("HGMMA") > 0
-    assert found.count("LDG.E.128") > 0
+    p = problem(m=m, bits=bits, activation_bits=None)
+    config, found = triton.config_for(p), kernel(p, gpu, sweep, dtype)
+    assert found.spill_bytes <= (_SPILLED_BYTES[gpu] if bits == 8 else 0)
+    words = config.block_words * config.block_n // (32 * config.num_warps)  # of a lane, in a turn
+    loads = [loop for loop in found.loops if machine_code.count(loop, "LDG.E.128")]
+    dots = [loop for loop in (*found.loops, *found.outer_loops) if tensor_core(loop)]
+    for loop in (*loads, *dots):
+        assert machine_code.count(loop, "LDL") + machine_code.count(loop, "STL") == 0
+    if sweep:
+        assert loads == dots
+        (loop,) = dots
+        assert len(loop) / (4 * words) <= _INSTRUCTIONS_PER_BIT_OF_A_DOT[gpu, dtype.__name__]
+        return
+    assert len(loads) == len(dots) == len(p.code_limbs)
+    for loop in loads:
+        assert machine_code.count(loop, "LDG") == machine_code.count(loop, "LDG.E.128") == words / 4
+        assert len(loop) / words <= _INSTRUCTIONS_PER_WORD_OF_A_TURN
+    for loop in dots:
+        assert len(loop) / (4 * words) <= _INSTRUCTIONS_PER_CODE_OF_A_DOT[gpu, dtype.__name__]
+
+
+def tensor_core(opcodes: tuple[str, ...]) -> int:
+    return machine_code.count(opcodes, "HMMA") + machine_code.count(opcodes, "HGMMA")
+
+
+# Of all of the kernel, which has no loop, and of each weight at 8 bitlayers: it writes 2 bytes for each byte that it
+# reads, and at 4.8 TB/s an SM of an H200 has 20 to issue for each.
+_INSTRUCTIONS_PER_CODE_OF_UNPACKING = 9.9
 
 
 GROUPS = {
@@ -223,9 +274,13 @@ def test_groups_of_float_activations(problem, dtype, sweep, gpu):
 @pytest.mark.parametrize("gpu", GPUS)
 def test_unpack(gpu):
     """Bitlayers become bfloat16 at 16 bytes a load and a store."""
-    found = kernel(problem(m=256, activation_bits=None), gpu, False, jnp.bfloat16)
+    p = problem(m=256, activation_bits=None)
+    config, found = triton.config_for(p), kernel(p, gpu, False, jnp.bfloat16)
     assert found.spill_bytes == 0
     assert not found.uses_local_memory
     assert found.count("LDG.E.128") == 8
     assert found.count("STG.E.128") > 0
     assert found.count("STG") == found.count("STG.E.128")
+    assert found.loops == ()
+    codes = contract.WORD_BITS * config.block_words * config.block_n // (32 * config.num_warps)  # of a lane
+    assert len(found.opcodes) / codes <= _INSTRUCTIONS_PER_CODE_OF_UNPACKING
