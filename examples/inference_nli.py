@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import nli_data
 import numpy as np
 import rich.console
-from comparison import Row, Task
 from flax import nnx
 from nli_data import Data
 from options import activation_bits, positive
 from picture import draw
+from quality import Row, Task
 from recurrent import CELLS, run_over, train
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 2_000  # of the grammar
@@ -81,7 +81,7 @@ def task_of(model: PairClassifier, data: Data, name: str) -> Task:
         logits=PairClassifier.__call__,
         inputs=data.test_sentences,
         labels=data.test_labels,
-        calibration=data.train_sentences[:256],
+        calibration=data.train_sentences[:64],
         deployed=PairClassifier.__call__,
         example=data.test_sentences[:1],
         unit="pair of sentences",

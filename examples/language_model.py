@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import language_data
 import numpy as np
 import rich.console
-from comparison import Row, Task
 from flax import nnx
 from language_data import Text
 from options import activation_bits, positive
 from picture import draw
+from quality import Row, Task
 from recurrent import CELLS, run_over, train, zero_carry
 
 TEST_ROWS, TEST_TOKENS = 32, 8192  # pieces that the test text is cut into, and how much of it is read

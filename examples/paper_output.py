@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import matplotlib.ticker
-from comparison import Row, quality_text
+from quality import Row, quality_text
 
 import pbjax.plot
 from pbjax.plot import COLORS, DARK
