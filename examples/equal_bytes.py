@@ -106,34 +106,49 @@ def search(
 
 
 def make_table(rows: Sequence[Row], title: str) -> rich.table.Table:
-    """The allocations of a task beside the uniform numbers whose bytes they keep to.
+    """The allocations of a task beside the uniform numbers whose bytes they keep to, for the terminal.
 
     Args:
       rows: of the task, of method `METHOD` and "uniform" among others.
       title: of the table.
     """
-    caption = "KL divergence from float32 on the test data; tried: all assignments within the bytes"
-    table = rich.table.Table(title=title, caption=caption)
-    for name in (
-        "bytes of",
-        "kB",
-        "uniform: KL",
-        rows[0].metric,
-        "layers",
-        "allocated: KL",
-        rows[0].metric,
-        "KL ratio",
-    ):
+    table = rich.table.Table(title=title, caption="KL: divergence from float32 on the test data, in nats")
+    for name in _columns(rows[0].metric):
         table.add_column(name, justify="right")
-    table.add_column("among all assignments")
-    for row in (row for row in rows if row.method == METHOD):
-        uniform = uniform_of(row, rows)
-        table.add_row(
-            str(row.limit), f"{uniform.num_bytes / 1000:,.1f}", f"{uniform.divergence:.2e}", quality_text(uniform),
-            row.layers, f"{row.divergence:.2e}", quality_text(row), f"{uniform.divergence / row.divergence:.2f}",
-            verdict(row),
-        )  # fmt: skip
+    for row in _of_method(rows):
+        table.add_row(*_cells(row, rows))
     return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same for all tasks, one below the other, as the README has it."""
+    columns = ["task", *_columns("quality")]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join([row.task, *_cells(row, rows)])} |" for row in _of_method(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _columns(quality: str) -> list[str]:
+    return ["bytes of", "MB", "uniform: KL", quality, "allocated", "KL", quality, "KL ratio", "among all assignments"]
+
+
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    uniform = uniform_of(row, rows)
+    return [
+        str(row.limit),
+        f"{uniform.num_bytes / 1e6:.3g}",
+        f"{uniform.divergence:.2g}",
+        quality_text(uniform),
+        row.layers,
+        f"{row.divergence:.2g}",
+        quality_text(row),
+        f"{uniform.divergence / row.divergence:.2f}",
+        verdict(row),
+    ]
+
+
+def _of_method(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.method == METHOD]
 
 
 def uniform_of(row: Row, rows: Sequence[Row]) -> Row:

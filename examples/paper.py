@@ -157,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which of them (default: all)")
     add("--output", type=Path, default=Path("paper.png"), help="the figure (default: %(default)s)")
     add("--csv", type=Path, metavar="FILE", help="where all rows go as data, if anywhere")
-    add("--markdown", type=Path, metavar="FILE", help="where the short table of the README goes, if anywhere")
+    add("--markdown", type=Path, metavar="FILE", help="where the two tables of the README go, if anywhere")
     add("--weights", type=Path, metavar="DIR", help="keep trained weights here, for later runs")
     add("--train", action="store_true", help="train only, and write to --weights")
     add("--draw", type=Path, metavar="CSV", help="measure nothing: draw the rows of such a file")
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     if args.csv:
         write_csv(rows, args.csv)
     if args.markdown:
-        args.markdown.write_text(markdown(rows))
+        args.markdown.write_text(f"{markdown(rows)}\n{equal_bytes.markdown(rows)}")
     draw(rows, args.output)
     print(f"wrote {args.output}")
     return rows
