@@ -7,80 +7,20 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equal_bytes
 import jax
 import jax.numpy as jnp
-import numpy as np
 import rich.table
 from baselines import OriginalLinear, baselines, model_bytes, original_bytes, replace_linears
 from benchmarks.timing import interleaved
 from flax import nnx
+from quality import Row, Task, divergence_of, lost, quality_of, quality_text, tree_bytes, weight_bytes
 
 import pbjax
 
 BITS = 8
 BITLAYERS = range(1, BITS + 1)
 SWEEP_BATCH = 4  # numbers of bitlayers evaluated together
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """A trained model and what is asked of it.
-
-    Attributes:
-      name: for tables.
-      metric: "accuracy" (higher is better) or "perplexity" (lower is better).
-      model: in float32.
-      logits: logits(model, inputs) -> float[..., classes], of many inputs at once.
-      inputs, labels: for testing.
-      calibration: inputs of training, for `pbjax.allocate`.
-      deployed: deployed(model, example): the model as it is used, on one example.
-      example: one example.
-      unit: what `deployed` is timed for; `units` of these are in the example.
-    """
-
-    name: str
-    metric: str
-    model: nnx.Module
-    logits: Callable[[Any, jax.Array], jax.Array]
-    inputs: np.ndarray
-    labels: np.ndarray
-    calibration: np.ndarray
-    deployed: Callable[[Any, jax.Array], jax.Array]
-    example: np.ndarray
-    unit: str
-    units: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way of running a model, and what it gave.
-
-    Attributes:
-      task: name of the task.
-      method: "float32", another baseline, "uniform", "allocated", or "original", the format of the paper.
-      activation_bits: of fixed-point activations, "float", or "" for baselines, which choose themselves.
-      bitlayers: per weight on average, or None for baselines; those stored, for the original's format.
-      num_bytes: of all parameters, with the bitlayers in use only.
-      metric: name of the quality.
-      quality: on the test data.
-      loss: part of the float32 quality that is lost; negative where it is better than float32.
-      divergence: mean Kullback-Leibler divergence of its probabilities from those of float32 on the test data, in nats:
-        it tells apart what no test example does.
-      ms: median milliseconds for one unit of the example, or None where it was not timed.
-      speedup: over float32 in the same turns.
-    """
-
-    task: str
-    method: str
-    activation_bits: str
-    bitlayers: float | None
-    num_bytes: int
-    metric: str
-    quality: float
-    loss: float
-    divergence: float
-    ms: float | None = None
-    speedup: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,37 +35,22 @@ def activation_name(activation_bits: int | None) -> str:
     return "float" if activation_bits is None else str(activation_bits)
 
 
-def quality_of(logits: jax.Array, labels: jax.Array, metric: str) -> jax.Array:
-    if metric == "accuracy":
-        return (logits.argmax(-1) == labels).mean()
-    scores = jax.nn.log_softmax(logits)
-    return jnp.exp(-jnp.take_along_axis(scores, labels[..., None], -1).mean())
-
-
-def divergence_of(logits: jax.Array, probabilities: jax.Array, log_probabilities: jax.Array) -> jax.Array:
-    """Mean KL divergence of softmax(logits) from given probabilities, in nats."""
-    return (probabilities * (log_probabilities - jax.nn.log_softmax(logits))).sum(-1).mean()
-
-
-def lost(quality: float, exact: float, metric: str) -> float:
-    """Part of the float32 quality that is lost."""
-    return (exact - quality) / exact if metric == "accuracy" else (quality - exact) / exact
-
-
 def variants(
     task: Task,
     activation_bits: Sequence[int | None] = (16,),
     *,
     averages: Sequence[float] = (),
+    limits: Sequence[int] = (),
     original: bool = False,
     log: Callable[[str], None] = lambda message: None,
-) -> tuple[list[Variant], dict[float, pbjax.Allocation]]:
+) -> tuple[list[Variant], list[pbjax.Allocation]]:
     """All ways of running the model of a task with their qualities, float32 first, and what was allocated.
 
     Args:
       task: the trained model.
       activation_bits: widths of activations of bitlayers.
       averages: bitlayers per weight to allocate.
+      limits: uniform numbers of bitlayers within whose bytes to allocate, for the first width of activations.
       original: whether to add the format of the paper.
       log: told what is skipped, and what goes on.
     """
@@ -144,11 +69,12 @@ def variants(
     example = jnp.asarray(task.example)
     result = []
 
-    def add(method, scores, num_bytes, call, *, bitlayers=None, activations=""):
+    def add(method, scores, num_bytes, call, *, bitlayers=None, activations="", **more):
         value, divergence = map(float, scores)
         row = Row(
             task=task.name, method=method, activation_bits=activations, bitlayers=bitlayers, num_bytes=num_bytes,
             metric=task.metric, quality=value, loss=lost(value, exact, task.metric), divergence=divergence,
+            **more,
         )  # fmt: skip
         result.append(Variant(row=row, call=call))
         log(f"{task.name}: {method} {activations} {bitlayers or ''} {task.metric} {value:.4g}")
@@ -171,24 +97,35 @@ def variants(
             return score(logits(qparams, inputs))
 
         measure_one = jax.jit(measure)
-        curve = zip(*pbjax.sweep(measure, qparams, batch_size=SWEEP_BATCH), strict=True)
+        curve = zip(*pbjax.sweep(measure, qparams, BITLAYERS, batch_size=SWEEP_BATCH), strict=True)
         for bitlayers, scores in zip(BITLAYERS, curve, strict=True):
             call = functools.partial(run, pbjax.with_bitlayers(qparams, bitlayers), example)
             num_bytes = tree_bytes(pbjax.truncate(qparams, bitlayers))
             activations = activation_name(width)
             add("uniform", scores, num_bytes, call, bitlayers=float(bitlayers), activations=activations)
+        chosen: list[tuple[pbjax.Allocation, dict[str, Any]]] = []
         for average in averages:
             if average not in allocations:
                 allocations[average] = pbjax.allocate(
                     logits, qparams, jnp.asarray(task.calibration), average=average, metric="kl", progress=False
                 )
-            allocation = allocations[average]
+            chosen.append((allocations[average], {}))
+        if limits and width == activation_bits[0]:
+            for limit, found in equal_bytes.search(logits, qparams, task.calibration, limits).items():
+                facts = dict(limit=limit, calibration=found.calibration, tried=found.tried, best=found.best)
+                chosen.append((found.allocation, facts))
+        for allocation, facts in chosen:
             allocated = pbjax.with_bitlayers(qparams, allocation.bitlayers)
-            scores = measure_one(allocated)
-            num_bytes = tree_bytes(qparams) - weight_bytes(qparams) + allocation.nbytes
-            call = functools.partial(run, allocated, example)
-            activations = activation_name(width)
-            add("allocated", scores, num_bytes, call, bitlayers=allocation.average, activations=activations)
+            add(
+                equal_bytes.METHOD if facts else "allocated",
+                measure_one(allocated),
+                tree_bytes(qparams) - weight_bytes(qparams) + allocation.nbytes,
+                None if facts else functools.partial(run, allocated, example),
+                bitlayers=allocation.average,
+                activations=activation_name(width),
+                layers="-".join(str(row.bitlayers) for row in allocation.rows),
+                **facts,
+            )
 
     for bits in range(1, BITS) if original else ():
         for width in (8, None):
@@ -196,7 +133,7 @@ def variants(
             num_bytes = original_bytes(task.model, bits)
             scores = score(logits_of(*nnx.split(model), inputs))
             add("original", scores, num_bytes, None, bitlayers=bits + 1.0, activations=activation_name(width))
-    return result, allocations
+    return result, list(allocations.values())
 
 
 def quantize(task: Task, graph: Any, params: Any, activation_bits: int | None) -> Any:
@@ -208,17 +145,6 @@ def quantize(task: Task, graph: Any, params: Any, activation_bits: int | None) -
         args=(task.inputs,),
         activation_bits=activation_bits,
     )
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all parameters; those of a BitTensor are its bitlayers and scales."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, pbjax.BitTensor)))
-
-
-def weight_bytes(tree: Any) -> int:
-    """Bytes of all BitTensors."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, pbjax.BitTensor))
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, pbjax.BitTensor))
 
 
 def timed(task: Task, variants: Sequence[Variant], *, repeats: int = 30, max_seconds: float = 30) -> list[Row]:
@@ -259,7 +185,3 @@ def make_table(rows: Sequence[Row], title: str, unit: str) -> rich.table.Table:
             "" if row.speedup is None else f"{row.speedup:.1f}x",
         )
     return table
-
-
-def quality_text(row: Row) -> str:
-    return f"{row.quality:.2%}" if row.metric == "accuracy" else f"{row.quality:.2f}"

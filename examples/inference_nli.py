@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import nli_data
 import numpy as np
 import rich.console
-from comparison import Row, Task
 from flax import nnx
 from nli_data import Data
-from options import activation_bits, positive
+from options import positive, recurrent_parser
 from picture import draw
+from quality import Row, Task
 from recurrent import CELLS, run_over, train
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 2_000  # of the grammar
@@ -81,7 +81,7 @@ def task_of(model: PairClassifier, data: Data, name: str) -> Task:
         logits=PairClassifier.__call__,
         inputs=data.test_sentences,
         labels=data.test_labels,
-        calibration=data.train_sentences[:256],
+        calibration=data.train_sentences[:64],
         deployed=PairClassifier.__call__,
         example=data.test_sentences[:1],
         unit="pair of sentences",
@@ -90,22 +90,17 @@ def task_of(model: PairClassifier, data: Data, name: str) -> Task:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Data]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = recurrent_parser(
+        __doc__,
+        embedding=64,
+        paper="3072, embedding 300",
+        steps=300,
+        step=f"{TRAIN_BATCH} pairs",
+        output="inference_nli.png",
     )
     add = parser.add_argument
     add("--snli", type=Path, metavar="DIR", help="read snli_1.0_train.jsonl and snli_1.0_test.jsonl in DIR")
-    add("--cell", choices=CELLS, default="lstm", help="kind of recurrent layer (default: %(default)s)")
-    add("--hidden", type=positive, default=1536, help="width of the recurrent layer (default: %(default)s)")
     add("--width", type=positive, default=1024, help="width of the hidden layer of the MLP (default: %(default)s)")
-    add("--embedding", type=positive, default=64, help="width of the embedding (default: %(default)s)")
-    add("--paper", action="store_true", help="the paper's widths: 3072, embedding 300; takes minutes more")
-    add("--steps", type=positive, default=300, help=f"training steps of {TRAIN_BATCH} pairs (default: %(default)s)")
-    add("--activation-bits", type=activation_bits, default=16, metavar="A",
-        help="width of the fixed-point activations, 2..24, or none for float ones (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the initial weights, the pairs and the batches (default: %(default)s)")
-    add("--output", type=Path, default=Path("inference_nli.png"), help="the picture (default: %(default)s)")
-    add("--no-progress", dest="progress", action="store_false", help="show no progress bar")
     args = parser.parse_args(argv)
     if args.paper:
         args.hidden, args.width, args.embedding = 3072, 3072, 300

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import language_data
 import numpy as np
 import rich.console
-from comparison import Row, Task
 from flax import nnx
 from language_data import Text
-from options import activation_bits, positive
+from options import positive, recurrent_parser
 from picture import draw
+from quality import Row, Task
 from recurrent import CELLS, run_over, train, zero_carry
 
 TEST_ROWS, TEST_TOKENS = 32, 8192  # pieces that the test text is cut into, and how much of it is read
@@ -96,22 +96,16 @@ def task_of(model: LanguageModel, text: Text, name: str) -> Task:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Text]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = recurrent_parser(
+        __doc__,
+        embedding=128,
+        paper="2048 both",
+        steps=200,
+        step=f"{TRAIN_ROWS} pieces",
+        output="language_model.png",
     )
-    add = parser.add_argument
-    add("--text", type=Path, metavar="FILE", help="text to learn, instead of Python's own documentation")
-    add("--cell", choices=CELLS, default="lstm", help="kind of recurrent layer (default: %(default)s)")
-    add("--hidden", type=positive, default=1536, help="width of the recurrent layer (default: %(default)s)")
-    add("--embedding", type=positive, default=128, help="width of the embedding (default: %(default)s)")
-    add("--paper", action="store_true", help="the paper's widths: 2048 both; takes minutes more")
-    add("--vocabulary", type=positive, default=1024, help="number of tokens (default: %(default)s)")
-    add("--steps", type=positive, default=200, help=f"training steps of {TRAIN_ROWS} pieces (default: %(default)s)")
-    add("--activation-bits", type=activation_bits, default=16, metavar="A",
-        help="width of the fixed-point activations, 2..24, or none for float ones (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the initial weights and the batches (default: %(default)s)")
-    add("--output", type=Path, default=Path("language_model.png"), help="the picture (default: %(default)s)")
-    add("--no-progress", dest="progress", action="store_false", help="show no progress bar")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to learn, instead of Python's documentation")
+    parser.add_argument("--vocabulary", type=positive, default=1024, help="number of tokens (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.paper:
         args.hidden = args.embedding = 2048

@@ -15,42 +15,44 @@ import csv
 import dataclasses
 import datetime
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import comparison
 import digits
+import equal_bytes
 import inference_nli
 import jax
 import language_data
 import language_model
 import nli_data
-import numpy as np
 import rich.console
 from benchmarks.timing import cpu_model
-from comparison import Row, Task
 from digits_data import load_digits
 from flax import nnx
 from inference_nli import PairClassifier
 from language_model import LanguageModel
 from options import positive
 from paper_output import draw, markdown
+from quality import Row, Task
+
+import pbjax.files
 
 SEED = 0
 ACTIVATION_BITS = (16, 8, None)
 AVERAGES = (2.5, 3.0, 3.5)  # bitlayers per weight that are allocated
+LIMITS = (1, 2, 3, 4, 5, 6)  # uniform numbers of bitlayers, within whose bytes others are allocated
 
-Restore = Callable[[str, nnx.Module, Callable[[nnx.Module], nnx.Module]], nnx.Module]
 
-
-def digits_task(args: argparse.Namespace, restore: Restore) -> Task:
+def digits_task(args: argparse.Namespace) -> Task:
     """The MLP of `digits.py`, as the NNX module that the other two are."""
-    data, hidden = load_digits(SEED), args.hidden or 4096
+    data, hidden, steps = load_digits(SEED), args.hidden or 4096, args.steps or 150
 
     def trained(model):
-        params = digits.train(digits.MLP(hidden), data, steps=args.steps or 150, seed=SEED, progress=args.progress)[
-            "params"
-        ]
+        mlp = digits.MLP(hidden)
+        params = digits.train(mlp, data, steps=steps, seed=SEED, progress=args.progress)["params"]
         for i, layer in enumerate(model.layers[::2]):
             layer.kernel[...], layer.bias[...] = params[f"Dense_{i}"]["kernel"], params[f"Dense_{i}"]["bias"]
         return model
@@ -61,7 +63,7 @@ def digits_task(args: argparse.Namespace, restore: Restore) -> Task:
     return Task(
         name=f"digits, MLP-{hidden}",
         metric="accuracy",
-        model=restore("digits", model, trained),
+        model=restored(args.weights, "digits", model, trained, hidden=hidden, steps=steps),
         logits=nnx.Sequential.__call__,
         inputs=data.test_images,
         labels=data.test_labels,
@@ -73,43 +75,45 @@ def digits_task(args: argparse.Namespace, restore: Restore) -> Task:
     )
 
 
-def language_task(args: argparse.Namespace, restore: Restore) -> Task:
-    text, hidden = language_data.load_topics(1024), args.hidden or 1536
+def language_task(args: argparse.Namespace) -> Task:
+    text, hidden, steps = language_data.load_topics(1024), args.hidden or 1536, args.steps or 200
     model = LanguageModel(len(text.tokens), 128, hidden, "lstm", nnx.Rngs(SEED))
 
     def trained(model):
-        return language_model.trained(model, text, steps=args.steps or 200, seed=SEED, progress=args.progress)
+        return language_model.trained(model, text, steps=steps, seed=SEED, progress=args.progress)
 
-    return language_model.task_of(restore("language", model, trained), text, f"language, LSTM-{hidden}")
+    model = restored(args.weights, "language", model, trained, hidden=hidden, steps=steps)
+    return language_model.task_of(model, text, f"language, LSTM-{hidden}")
 
 
-def inference_task(args: argparse.Namespace, restore: Restore) -> Task:
+def inference_task(args: argparse.Namespace) -> Task:
     data = nli_data.load_grammar(inference_nli.TRAIN_PAIRS, inference_nli.TEST_PAIRS, SEED)
-    hidden = args.hidden or 1536
-    model = PairClassifier(len(data.words), 64, hidden, args.hidden or 1024, "lstm", nnx.Rngs(SEED))
+    hidden, width, steps = args.hidden or 1536, args.hidden or 1024, args.steps or 300
+    model = PairClassifier(len(data.words), 64, hidden, width, "lstm", nnx.Rngs(SEED))
 
     def trained(model):
-        return inference_nli.trained(model, data, steps=args.steps or 300, seed=SEED, progress=args.progress)
+        return inference_nli.trained(model, data, steps=steps, seed=SEED, progress=args.progress)
 
-    return inference_nli.task_of(restore("inference", model, trained), data, f"inference, LSTM-{hidden}")
+    model = restored(args.weights, "inference", model, trained, hidden=hidden, steps=steps)
+    return inference_nli.task_of(model, data, f"inference, LSTM-{hidden}")
 
 
 TASKS = {"digits": digits_task, "language": language_task, "inference": inference_task}
 
 
-def restored(directory: Path | None, name: str, model: nnx.Module, trained: Callable) -> nnx.Module:
-    """A model with the weights of a file, or, where there is none, trained and its weights written there."""
-    path = None if directory is None else directory / f"{name}.npz"
-    if path is None or not path.exists():
-        model = trained(model)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, *map(np.asarray, jax.tree.leaves(nnx.state(model))))
-        return model
-    graph, params = nnx.split(model)
-    with np.load(path) as file:
-        leaves = [jax.numpy.asarray(file[key]) for key in file]
-    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(params), leaves))
+def restored(
+    directory: Path | None, name: str, model: nnx.Module, trained: Callable[[nnx.Module], nnx.Module], **options: int
+) -> nnx.Module:
+    """A model with the weights of an earlier run of the same options, or trained, and its weights written down."""
+    path = None if directory is None else directory / f"{name}.safetensors"
+    graph, state = nnx.split(model)
+    if path is not None and path.exists() and pbjax.files.info(path).metadata == options:
+        return nnx.merge(graph, pbjax.load(path, like=state))
+    model = trained(model)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pbjax.save(path, nnx.state(model), metadata=options)
+    return model
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -136,8 +140,11 @@ def read_csv(path: Path) -> list[Row]:
     """The rows of a file that `write_csv` made."""
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
-    optional = {name: lambda text: float(text) if text else None for name in ("bitlayers", "ms", "speedup")}
-    kinds = {"num_bytes": int, "quality": float, "loss": float, "divergence": float} | optional
+    kinds: dict[str, Callable[[str], Any]] = {"num_bytes": int, "quality": float, "loss": float, "divergence": float}
+    for name in ("bitlayers", "ms", "speedup", "calibration", "best"):
+        kinds[name] = lambda text: float(text) if text else None
+    for name in ("limit", "tried"):
+        kinds[name] = lambda text: int(text) if text else None
     names = [field.name for field in dataclasses.fields(Row)]
     return [Row(**{name: kinds.get(name, str)(line[name]) for name in names}) for line in lines]
 
@@ -150,34 +157,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which of them (default: all)")
     add("--output", type=Path, default=Path("paper.png"), help="the figure (default: %(default)s)")
     add("--csv", type=Path, metavar="FILE", help="where all rows go as data, if anywhere")
-    add("--markdown", type=Path, metavar="FILE", help="where the short table of the README goes, if anywhere")
-    add("--weights", type=Path, metavar="DIR", help="keep the trained weights here, and take them from here")
+    add("--markdown", type=Path, metavar="FILE", help="where the two tables of the README go, if anywhere")
+    add("--weights", type=Path, metavar="DIR", help="keep trained weights here, for later runs")
+    add("--train", action="store_true", help="train only, and write to --weights")
     add("--draw", type=Path, metavar="CSV", help="measure nothing: draw the rows of such a file")
     add("--hidden", type=positive, help="width of all hidden layers, instead of 4096, 1536 and 1536")
     add("--steps", type=positive, help="training steps of each task, instead of 150, 200 and 300")
     add("--max-seconds", type=float, default=60, help="of timing for each task (default: %(default)s)")
     add("--no-progress", dest="progress", action="store_false", help="show no progress")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.train and args.weights is None:
+        parser.error("--train needs --weights, where the trained weights go")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Runs the evaluation with command line arguments, and returns its rows."""
     args = parse(argv)
-    console = rich.console.Console()
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 130)
     rows = read_csv(args.draw) if args.draw else []
     for name in () if args.draw else args.tasks:
-        task = TASKS[name](args, lambda *rest: restored(args.weights, *rest))
+        task = TASKS[name](args)
+        if args.train:
+            continue
         variants, allocations = comparison.variants(
-            task, ACTIVATION_BITS, averages=AVERAGES, original=True, log=print if args.progress else lambda _: None
+            task,
+            ACTIVATION_BITS,
+            averages=AVERAGES,
+            limits=LIMITS,
+            original=True,
+            log=print if args.progress else lambda _: None,
         )
-        for allocation in allocations.values():
+        for allocation in allocations:
             print(allocation)
-        rows += comparison.timed(task, variants, max_seconds=args.max_seconds)
-        console.print(comparison.make_table([row for row in rows if row.task == task.name], task.name, task.unit))
+        found = comparison.timed(task, variants, max_seconds=args.max_seconds)
+        console.print(comparison.make_table(found, task.name, task.unit))
+        console.print(equal_bytes.make_table(found, task.name))
+        rows += found
+    if args.train:
+        return []
     if args.csv:
         write_csv(rows, args.csv)
     if args.markdown:
-        args.markdown.write_text(markdown(rows))
+        args.markdown.write_text(f"{markdown(rows)}\n{equal_bytes.markdown(rows)}")
     draw(rows, args.output)
     print(f"wrote {args.output}")
     return rows

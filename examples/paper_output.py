@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import equal_bytes
 import matplotlib.figure
 import matplotlib.ticker
-from comparison import Row, quality_text
+from matplotlib.axes import Axes
+from quality import Row, quality_text
 
 import pbjax.plot
 from pbjax.plot import COLORS, DARK
 
-LINES = {  # (method, activations): label and look
-    ("uniform", "8"): ("bitlayers, 8-bit activations", dict(color=COLORS[0], marker="o")),
-    ("uniform", "16"): ("bitlayers, 16-bit activations", dict(color=COLORS[1], marker="s")),
-    ("uniform", "float"): ("bitlayers, float activations", dict(color=COLORS[2], marker="^")),
-    ("allocated", "16"): ("allocated, 16-bit activations", dict(color=COLORS[3], marker="D", linestyle=":")),
-    ("original", "float"): ("the paper's format, float activations", dict(color="#777777", marker="x")),
-    ("original", "8"): ("the paper's format, 8 bits", dict(color="#bbbbbb", marker="+", linestyle="--")),
+# By (method, activations): label and look. Markers differ in size, so that all are seen where lines coincide.
+LINES = {
+    ("uniform", "float"): ("bitlayers, float activations", dict(color=COLORS[2], marker="^", ms=10, mfc="white")),
+    ("uniform", "16"): ("bitlayers, 16-bit activations", dict(color=COLORS[1], marker="s", ms=6.5)),
+    ("uniform", "8"): ("bitlayers, 8-bit activations", dict(color=COLORS[0], marker="o", ms=4)),
+    ("allocated", "16"): ("allocated, 16-bit activations", dict(color=COLORS[3], marker="D", ms=6, linestyle=":")),
+    (equal_bytes.METHOD, "16"): (
+        "allocated within a uniform number's bytes",
+        dict(color=COLORS[3], marker="D", ms=10, mfc="none", linestyle="none", zorder=3),
+    ),
+    ("original", "float"): ("the paper's format, float activations", dict(color="#555555", marker="x", ms=6)),
+    ("original", "8"): ("the paper's format, 8 bits", dict(color="#888888", marker="+", ms=7, linestyle="--")),
 }
 POINTS = {"bfloat16": "P", "int8 (XLA)": "v", "int8 (qwix)": "<", "int4 (qwix)": ">"}
-SHOWN_LOSS = 0.12  # points that lose more lie outside of the figure
+SHOWN_LOSS = 0.08  # points that lose more lie outside of the figure
 README = [  # (method, activations, bitlayers) of the short table
     ("uniform", "8", 2), ("uniform", "8", 3), ("uniform", "8", 4), ("uniform", "8", 8),
     ("uniform", "16", 2), ("uniform", "16", 3), ("uniform", "16", 4), ("uniform", "16", 8),
@@ -30,49 +37,66 @@ README = [  # (method, activations, bitlayers) of the short table
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Quality against bytes (above) and against time (below), a column for each task."""
+    """Quality and divergence against bytes, and quality against time, a column for each task."""
     tasks = list(dict.fromkeys(row.task for row in rows))
-    figure = matplotlib.figure.Figure(figsize=(4.6 * len(tasks), 8.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(4.6 * len(tasks), 12.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    grid = figure.subplots(2, len(tasks), squeeze=False)
-    for column, task in enumerate(tasks):
+    grid = figure.subplots(3, len(tasks), squeeze=False)
+    for task, (quality, divergence, speed) in zip(tasks, grid.T, strict=True):
         here = [row for row in rows if row.task == task]
-        exact = next(row for row in here if row.method == "float32")
-        factor, unit = (100, "test accuracy (%)") if exact.metric == "accuracy" else (1, "test perplexity")
-        sign = -1 if exact.metric == "accuracy" else 1
-        ends = sorted(factor * exact.quality * (1 + sign * loss) for loss in (-0.02, SHOWN_LOSS))
-        for line, (axes, x_of, x_label) in enumerate(
-            (
-                (grid[0][column], lambda row: row.num_bytes / 1e6, "megabytes of all parameters"),
-                (grid[1][column], lambda row: row.ms, "milliseconds for one image, token or pair"),
-            )
-        ):
-            for (method, activations), (label, look) in LINES.items():
-                points = [
-                    (x_of(row), factor * row.quality)
-                    for row in here
-                    if (row.method, row.activation_bits) == (method, activations) and x_of(row) is not None
-                ]
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=label, markersize=6, linewidth=1.5, **look)
-            for method, marker in POINTS.items():
-                for row in here:
-                    if row.method == method:
-                        axes.plot(x_of(row), factor * row.quality, marker, color=DARK, label=method, markersize=7)
-            axes.plot(x_of(exact), factor * exact.quality, "*", color="black", label="float32", markersize=12)
-            within = factor * exact.quality * (1 + sign * 0.01)
-            axes.axhspan(within, factor * exact.quality, color=COLORS[4], alpha=0.25, label="within 1 % of float32")
-            axes.set(xscale="log", xlabel=x_label, ylim=ends)
+        quality.set_title(task, loc="left", fontweight="bold")
+        for axes in (quality, divergence):
+            axes.set_xlabel("megabytes of all parameters")
+        speed.set_xlabel("milliseconds for one image, token or pair")
+        _draw_quality(quality, here, lambda row: row.num_bytes / 1e6)
+        _draw_quality(speed, here, lambda row: row.ms)
+        _draw_methods(
+            divergence,
+            [row for row in here if row.method != "float32"],
+            lambda row: row.num_bytes / 1e6,
+            lambda row: row.divergence,
+        )
+        divergence.set(yscale="log", ylabel="KL divergence from float32 (nats)")
+        divergence.set_ylim(top=1)
+        for axes in (quality, divergence, speed):
+            axes.set_xscale("log")
             axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("")
-            axes.set_title(task if line == 0 else "", loc="left", fontweight="bold")
-            axes.set_ylabel(unit)
             pbjax.plot.tidy(axes, grid="both")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    pairs = [axes.get_legend_handles_labels() for axes in grid[:, 0]]
+    named = {label: handle for handles, labels in pairs for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def _draw_quality(axes: Axes, rows: Sequence[Row], x_of: Callable[[Row], float | None]) -> None:
+    """The quality near that of float32."""
+    exact = next(row for row in rows if row.method == "float32")
+    factor, unit = (100, "test accuracy (%)") if exact.metric == "accuracy" else (1, "test perplexity")
+    sign = -1 if exact.metric == "accuracy" else 1
+    _draw_methods(axes, rows, x_of, lambda row: factor * row.quality)
+    axes.plot(x_of(exact), factor * exact.quality, "*", color="black", label="float32", markersize=12)
+    within = factor * exact.quality * (1 + sign * 0.01)
+    axes.axhspan(within, factor * exact.quality, color=COLORS[4], alpha=0.25, label="within 1 % of float32")
+    axes.set_ylim(sorted(factor * exact.quality * (1 + sign * loss) for loss in (-0.02, SHOWN_LOSS)))
+    axes.set_ylabel(unit)
+
+
+def _draw_methods(
+    axes: Axes, rows: Sequence[Row], x_of: Callable[[Row], float | None], y_of: Callable[[Row], float]
+) -> None:
+    """A line for each way of using bitlayers, a point for each baseline."""
+    for kind, (label, look) in LINES.items():
+        points = [(x_of(row), y_of(row)) for row in rows if (row.method, row.activation_bits) == kind]
+        points = [point for point in points if point[0] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, **look)
+    for method, marker in POINTS.items():
+        for row in rows:
+            if row.method == method:
+                axes.plot(x_of(row), y_of(row), marker, color=DARK, label=method, markersize=7)
 
 
 def markdown(rows: Sequence[Row]) -> str:

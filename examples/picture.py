@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.figure
-from comparison import Row
+from quality import Row
 
 import pbjax.plot
 from pbjax.plot import DARK, ORANGE

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import pbjax
+
 # qwix, where it is installed, uses what Flax has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(qwix|flax).*")
 
@@ -201,6 +203,18 @@ def test_padding_changes_nothing():
         np.testing.assert_array_equal(outputs[1], recurrent.run_over(cell, x)[1])
 
 
+def check_equal_bytes(found, rows):
+    """Each within the bytes of its uniform number, and as good as it and as the best of all where that was measured."""
+    assert [row.limit for row in found] == [3]
+    for row in found:
+        (uniform,) = [
+            one for one in rows if (one.method, one.activation_bits, one.bitlayers) == ("uniform", "16", row.limit)
+        ]
+        assert row.num_bytes <= uniform.num_bytes
+        assert row.tried > 1
+        assert 0 < row.best <= row.calibration * (1 + 1e-6)
+
+
 def test_paper(tmp_path, monkeypatch, capsys):
     """One run over all tasks; then its figure again from its rows, and one task from its weights."""
     paper, nli = module("paper"), module("inference_nli")
@@ -208,6 +222,9 @@ def test_paper(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nli, "TEST_PAIRS", 60)
     monkeypatch.setattr(paper, "AVERAGES", (3.5,))
     monkeypatch.setattr(paper, "ACTIVATION_BITS", (16, 8))
+    monkeypatch.setattr(paper, "LIMITS", (3,))
+    monkeypatch.setattr(paper.comparison, "BITS", 4)  # of the 4096 assignments to four layers 256 are left
+    monkeypatch.setattr(paper.comparison, "BITLAYERS", range(1, 5))
     load = paper.language_data.load_topics
 
     def short(vocabulary):
@@ -225,15 +242,16 @@ def test_paper(tmp_path, monkeypatch, capsys):
     assert {line["task"] for line in lines} == {"digits, MLP-32", "language, LSTM-32", "inference, LSTM-32"}
     for task in {row.task for row in rows}:
         here = [row for row in rows if row.task == task]
-        assert sum(row.method == "uniform" for row in here) == 2 * 8
-        assert sum(row.method == "original" for row in here) == 2 * 7
+        assert sum(row.method == "uniform" for row in here) == 2 * 4
+        assert sum(row.method == "original" for row in here) == 2 * 3
         allocated = [row for row in here if row.method == "allocated"]
         assert len(allocated) == 2
         assert all(row.bitlayers <= 3.5 for row in allocated)
-        assert all((row.ms is None) == (row.method == "original") for row in here)
-    table = files["markdown"].read_text()
-    assert table.count("\n") > 10
-    assert len({line.count("|") for line in table.splitlines()}) == 1
+        assert all((row.ms is None) == (row.method in ("original", "equal bytes")) for row in here)
+        check_equal_bytes([row for row in here if row.method == "equal bytes"], here)
+    for table, least in zip(files["markdown"].read_text().split("\n\n"), (10, 2 + 3), strict=True):
+        assert table.strip().count("\n") >= least - 1
+        assert len({line.count("|") for line in table.strip().splitlines()}) == 1
     assert matplotlib.image.imread(files["output"]).std() > 0.05
 
     again = paper.main(["--draw", str(files["csv"]), "--output", str(tmp_path / "again.png")])
@@ -241,6 +259,13 @@ def test_paper(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose([row.quality for row in again], [row.quality for row in rows], rtol=1e-4)
     assert (tmp_path / "again.png").stat().st_size > 0
 
+    train = paper.digits.train
     monkeypatch.setattr(paper.digits, "train", None)  # not called: the weights are there
     digits = paper.main([*options, "--tasks", "digits", "--output", str(tmp_path / "digits.png")])
     assert digits[0].quality == rows[0].quality
+
+    monkeypatch.setattr(paper.digits, "train", train)  # for weights of other options
+    assert paper.main([*options, "--steps", "9", "--tasks", "digits", "--train"]) == []
+    assert pbjax.files.info(tmp_path / "weights" / "digits.safetensors").metadata == {"hidden": 32, "steps": 9}
+    with pytest.raises(SystemExit, match="2"):
+        paper.main(["--train"])
