@@ -12,7 +12,7 @@
    would tune them (`gpu_baselines`): the weights cold (copies take turns that are larger than the L2 cache together)
    and warm (one copy). Shapes come in order of interest, few rows first, until the time is used up.
 
-That is some 3,300 times of 40 shapes. Programs of a shape are compiled side by side, and its times are taken in one
+That is some 3,200 times of 40 shapes. Programs of a shape are compiled side by side, and its times are taken in one
 profile and written at once; what was left out is said. `--resume` goes on: it leaves out the steps that passed and the
 shapes that are in the CSV, if code, device and versions are the same. Then it prints a summary, and draws a plot beside
 the CSV. `--smoke` goes through steps 3 and 4 with tiny shapes on whatever device there is, to try the program out; its
