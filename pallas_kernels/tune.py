@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import _compat, device_time
-from pallas_kernels.bit_matmul import contract, mosaic, triton, tuned
+from pallas_kernels.bit_matmul import contract, limbs, mosaic, triton, tuned
 
 BACKENDS: dict[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
 
@@ -142,6 +142,8 @@ def _product(
     if problem.activation_bits is None:
         return module.matmul(problem, x, *weight, config=config, **options)
     codes, unit, poison = module.quantize_rows(problem, x, config=config, **options)
+    if isinstance(codes, limbs.Packed):  # for a kernel, which finishes its rows itself
+        return module.matmul(problem, codes._replace(steps=(unit, poison)), *weight, config=config, **options)
     return module.matmul(problem, codes, *weight, config=config, **options) * unit[:, None] + poison[:, None]
 
 

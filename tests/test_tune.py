@@ -204,7 +204,8 @@ class _Constant:
         return jnp.full((problem.m, problem.n), self.value())
 
 
-def test_what_is_timed_is_the_product_of_pbjax():
+@pytest.mark.parametrize("config", [triton.config_for(PROBLEM), SERIAL], ids=["codes", "packed"])
+def test_what_is_timed_is_the_product_of_pbjax(config):
     """Rows of floats in, the result out; each call with another copy of the words, where there are copies."""
     seen = {}
 
@@ -212,7 +213,6 @@ def test_what_is_timed_is_the_product_of_pbjax():
         seen.update(runs)
         return dict.fromkeys(runs, 1.0)
 
-    config = triton.config_for(PROBLEM)
     tune.tune("triton", PROBLEM, timer=timer, candidates=[config], interpret=True)
     x, words, scale, counts = tune._operands(PROBLEM, "float32")
     assert x.dtype == jnp.float32

@@ -58,11 +58,17 @@ PRODUCTS = (
     Product(m=VERY_MANY, activation_bits=None, by_row=True),
     # Groups: of few rows, of many, of floats; the last is not full.
     *(Product(m=m, activation_bits=16, group_size=128) for m in (1, MANY)),
-    *(Product(m=m, activation_bits=None, group_size=512) for m in (1, MANY)),
+    Product(m=MANY, activation_bits=16, group_size=128, sweep=True),
+    *(Product(m=m, activation_bits=None, group_size=size) for m in (1, MANY) for size in (64, 512)),
+    *(
+        Product(m=SEVERAL, activation_bits=None, group_size=64, by_row=not sweep, sweep=sweep)
+        for sweep in (True, False)
+    ),
     *(Product(m=1, activation_bits=16, group_size=128, sweep=sweep, by_row=not sweep) for sweep in (True, False)),
     # 9 to 16 bitlayers, and activations of three limbs.
     *(Product(m=m, activation_bits=16, bits=16) for m in (1, MANY)),
     *(Product(m=m, activation_bits=None, bits=16) for m in (1, MANY, VERY_MANY)),
+    Product(m=MANY, activation_bits=None, bits=16, group_size=64),
     *(Product(m=m, activation_bits=24, bits=16, sweep=True) for m in (1, MANY)),
 )
 
