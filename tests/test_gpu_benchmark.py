@@ -120,6 +120,15 @@ class TestWhole:
             rooms.gpu.main(["--m", "1", "--runs", "1", "--output", str(tmp_path / "gpu.csv")])
         assert len(rooms.gpu_rows.read(tmp_path / "gpu.csv", rooms.gpu_rows.Row)) == 2 * (6 + 3)
 
+    def test_a_network_that_does_not_run_costs_its_own_times_only(self, rooms, on_gpu, tmp_path, monkeypatch):
+        def measure(facts, **sizes):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
+
+        monkeypatch.setattr(rooms.gpu_network, "measure", measure)
+        with pytest.raises(SystemExit, match=r"the network does not run on \w+: INTERNAL: no such kernel"):
+            rooms.gpu.main(["--m", "1", "--runs", "1", "--output", str(tmp_path / "gpu.csv")])
+        assert len(rooms.gpu_rows.read(tmp_path / "gpu.csv", rooms.gpu_rows.Row)) == 2 * (6 + 3)
+
     def test_wrong_bits_are_not_timed(self, rooms, on_gpu, tmp_path, monkeypatch):
         wrong = rooms.gpu_checks.Outcome(outcome="failed", seconds=9)
         monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda seconds: wrong)

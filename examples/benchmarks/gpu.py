@@ -154,13 +154,18 @@ def measure_network(run: Run) -> None:
     )
     for name in ("method", "bitlayers", "CUDA graphs", "kernels", "first to last", "alone", "latency", "call to call"):
         table.add_column(name, justify="right")
-    for row in gpu_network.measure(run.facts, backend=backend, **sizes):
-        gpu_rows.append(run.path("network"), [row], gpu_network.Row)
-        device = ("" if us is None else f"{us:.1f}" for us in (row.us, row.kernels_us))
-        times = (*device, f"{row.latency_us:.1f}", f"{row.queued_us:.1f}")
-        table.add_row(row.method, str(row.bitlayers or ""), row.graphs, str(row.kernels), *times)
+    outcome = gpu_checks.PASSED
+    try:
+        for row in gpu_network.measure(run.facts, backend=backend, **sizes):
+            gpu_rows.append(run.path("network"), [row], gpu_network.Row)
+            device = ("" if us is None else f"{us:.1f}" for us in (row.us, row.kernels_us))
+            times = (*device, f"{row.latency_us:.1f}", f"{row.queued_us:.1f}")
+            table.add_row(row.method, str(row.bitlayers or ""), row.graphs, str(row.kernels), *times)
+    except jax.errors.JaxRuntimeError as error:  # costs this step, and not the times after it
+        outcome = gpu_checks.FAILED
+        run.problems.append(f"the network does not run on {backend}: {str(error).splitlines()[0]}")
     run.console.print(table)
-    run.note("network", gpu_checks.PASSED, time.monotonic() - start)
+    run.note("network", outcome, time.monotonic() - start)
 
 
 def measure(run: Run, done: Collection[tuple[int, int, int]], skipped: list[str]) -> Iterator[list[gpu_rows.Row]]:
