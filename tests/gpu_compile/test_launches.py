@@ -59,6 +59,17 @@ def test_many_rows():
     assert len(launches) <= _INT8, launches
 
 
+@pytest.mark.parametrize(("m", "group_size"), [(64, None), (64, 128), (256, None), (256, 128)])
+def test_float_activations(m, group_size):
+    """No loop of XLA's either, whatever the numbers of bitlayers; from 256 rows on, the dot in between is XLA's."""
+    problem = contract.Problem(m=m, k=4096, n=4096, bits=8, group_size=group_size, activation_bits=None)
+    launches = in_own_process(launches_of, "triton", problem, False)
+    names = [launch.name for launch in launches if "bit_matmul" in launch.name]
+    many = ["bit_matmul_unpack", "bit_matmul_groups"]
+    assert names == (["bit_matmul_groups"] if group_size else many if m == 256 else ["bit_matmul_dot"])
+    assert not {launch.kind for launch in launches} & {"kWhile", "kConditional"}, launches
+
+
 def launches_of(backend: str, problem: contract.Problem, sweep: bool) -> tuple[machine_code.Launch, ...]:
     """All of `pbjax.matmul` but its checks."""
     run = functools.partial(_partition._of_rows, _backends.Choice(_backends.BACKENDS[backend]), problem, sweep)
