@@ -257,7 +257,7 @@ def test_configuration_of_another_kernel():
     with pytest.raises(TypeError, match=r"`config` must be that of a kernel for fixed-point activations, but got"):
         triton.matmul(case.problem, *operands(case), config=config)
     case, many = FLOAT["short_last_group"], triton.config_for(FLOAT["dot_of_xla"].problem)
-    with pytest.raises(ValueError, match=r"`config` must be a DotConfig for 3 groups, but got Config"):
+    with pytest.raises(ValueError, match=r"`config` must be a DotConfig or GroupsConfig for 3 groups, but got Config"):
         triton.matmul(case.problem, *float_operands(case, jnp.float32), config=many)
 
 
