@@ -212,6 +212,13 @@ def test_float_activations(case, dtype):
     assert_close(case, product(*args), *args)
 
 
+def test_very_many_rows_of_one_count():
+    case = FLOAT["dot_of_xla_two_code_limbs"]
+    x, words, scale, _ = float_operands(case, jnp.bfloat16)
+    args = x, words, scale, jnp.full((case.m,), 9, jnp.int32)
+    assert_close(case, jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(*args), *args)
+
+
 @pytest.mark.parametrize("case", ["two_code_limbs", "short_last_group", "groups_of_four_words", "dot_of_xla"])
 def test_all_prefixes_of_float_activations(case):
     case = FLOAT[case]
@@ -250,7 +257,7 @@ def test_configuration_of_another_kernel():
     with pytest.raises(TypeError, match=r"`config` must be that of a kernel for fixed-point activations, but got"):
         triton.matmul(case.problem, *operands(case), config=config)
     case, many = FLOAT["short_last_group"], triton.config_for(FLOAT["dot_of_xla"].problem)
-    with pytest.raises(ValueError, match=r"`config` must be a DotConfig for 3 groups, but got Config"):
+    with pytest.raises(ValueError, match=r"`config` must be a DotConfig or GroupsConfig for 3 groups, but got Config"):
         triton.matmul(case.problem, *float_operands(case, jnp.float32), config=many)
 
 

@@ -37,7 +37,7 @@ class Config:
 
 _BLOCK_N = 128  # with 4 warps and 4 words, a lane loads 4 channels: 16 bytes
 _BLOCK_WORDS = 4
-_MIN_ROWS, _MAX_ROWS = 16, 64
+_MIN_ROWS, _MAX_ROWS = 16, 32  # with 64 and 16 bitlayers, registers spill
 _MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
@@ -63,14 +63,16 @@ def matmul(
     *,
     config: Config,
     interpret: bool,
+    onto: jax.Array | None = None,
 ) -> jax.Array:
     """The product of the contract, f32[m, n]; where `bitlayers` is a limit, int32[], all prefixes, f32[bits, m, n].
 
-    x: f32, bf16 or f16[m, 32 * num_words], 0 past k.
+    x: f32, bf16 or f16[m, 32 * num_words], 0 past k. Rows of no bitlayers are those of `onto`, f32[m, n].
     """
     sweep = bitlayers.ndim == 0
     num_counts = problem.bits if sweep else 1
     num_parts = pl.cdiv(problem.groups, config.num_groups)
+    assert onto is None or num_parts == 1, "parts are added to each other"
     out = _compat.triton_call(
         functools.partial(_kernel, problem=problem, config=config, num_parts=num_parts, sweep=sweep),
         name="bit_matmul_groups",
@@ -83,15 +85,25 @@ def matmul(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(_triton_codes.arrange(_triton_dot.split(x)), jnp.atleast_1d(bitlayers), words, scale)
+        input_output_aliases={} if onto is None else {0: 0},
+    )(
+        None if onto is None else onto[None, None],
+        _triton_codes.arrange(_triton_dot.split(x)),
+        jnp.atleast_1d(bitlayers),
+        words,
+        scale,
+    )
     y = out.sum(axis=1)
     return y if sweep else y[0]
 
 
-def _kernel(x, counts, words, scale, out, *, problem: contract.Problem, config: Config, num_parts: int, sweep: bool):
+def _kernel(
+    onto, x, counts, words, scale, out, *, problem: contract.Problem, config: Config, num_parts: int, sweep: bool
+):
     """One block of channels, one block of rows, and one part of the groups; of a sweep, one number of bitlayers.
 
     Args:
+      onto: what `out` holds before, or None
       x: [parts of x, m, 32 * num_words] bf16
       counts: [m] int32, of a sweep [1], the limit
       words: [bits, num_words, n] uint32
@@ -102,6 +114,7 @@ def _kernel(x, counts, words, scale, out, *, problem: contract.Problem, config: 
       num_parts: of the groups.
       sweep: all prefixes.
     """
+    del onto
     first_channel, first_row = pl.program_id(0) * config.block_n, pl.program_id(1) * config.block_rows
     part, index = pl.program_id(2) % num_parts, pl.program_id(2) // num_parts
     rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
@@ -119,9 +132,9 @@ def _kernel(x, counts, words, scale, out, *, problem: contract.Problem, config: 
         return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0)
 
     def group_sum(group, first, last, used):
-        """x_g . (2 * c - (2**w - 1)) * 2**-(first + w) of the w = `used` bitlayers of one limb."""
+        """x_g . (c - (2**w - 1) / 2) * 2**(8 - w), of the codes c of the w = `used` bitlayers of one limb."""
         stop = jnp.minimum((group + 1) * group_words, problem.num_words)
-        unit = epilogue.power_of_two(-(first + used))
+        half_step = epilogue.power_of_two(contract.LIMB_BITS - 1 - used)
 
         def add_block(i, total):
             start = group * group_words + i * config.block_words
@@ -137,8 +150,7 @@ def _kernel(x, counts, words, scale, out, *, problem: contract.Problem, config: 
                 num_words=config.block_words,
                 is_even=is_even,
             )
-            codes = _triton_codes.signed(bitlayers).astype(jnp.float32)
-            values = (codes * 2.0 ** -(contract.LIMB_BITS - 1 + first) + unit).astype(jnp.bfloat16)
+            values = (_triton_codes.signed(bitlayers).astype(jnp.float32) + half_step).astype(jnp.bfloat16)
             for x_part in reversed(range(x.shape[0])):  # the smallest first
                 block = load_rows(x_part, start, stop)
                 total = total + jnp.dot(block, values, preferred_element_type=jnp.float32)
@@ -158,7 +170,8 @@ def _kernel(x, counts, words, scale, out, *, problem: contract.Problem, config: 
 
             def add_group(group, total, first=first, last=last, used=used):
                 factor = _triton_codes.load(scale.at[scale_row, group, channels], inside, 0)
-                return total + group_sum(group, first, last, used) * factor[None, :]
+                unit = 2.0 ** -(contract.LIMB_BITS - 1 + first)
+                return total + group_sum(group, first, last, used) * (factor * unit)[None, :]
 
             total = lax.fori_loop(first_group, jnp.where(used > 0, stop_group, first_group), add_group, total)
         return total
@@ -177,7 +190,7 @@ def _kernel(x, counts, words, scale, out, *, problem: contract.Problem, config: 
 
         return
 
-    def next_count(count):  # rows past m count as 0, which no pass is for
+    def next_count(count):  # 0, as rows past m count, is what no pass is for
         found = _triton_codes.load(counts.at[rows], row_inside, 0)
         return jnp.min(jnp.where(found > count, found, contract.MAX_BITS + 1))
 

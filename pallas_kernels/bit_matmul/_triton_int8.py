@@ -24,9 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_codes, _triton_epilogue, contract, epilogue, limbs
-
-HALF = 128  # what makes 0..255 signed
+from pallas_kernels.bit_matmul import _int8_operands, _triton_codes, _triton_epilogue, contract, epilogue, limbs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +111,8 @@ def prefixes(
     """
     config = dataclasses.replace(config, parts=None)
     parts = limbs.split(codes, problem.activation_limbs)
-    return _launch(problem, parts, sum_rows(problem, parts), words, scale, limit, config, interpret)
+    row_sums = _int8_operands.sum_rows(problem, parts)
+    return _launch(problem, parts, row_sums, words, scale, limit, config, interpret)
 
 
 def _order(bitlayers: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +139,7 @@ def _sorted_matmul(
     interpret: bool,
 ) -> jax.Array:
     parts = limbs.split(codes, problem.activation_limbs)
-    row_sums = sum_rows(problem, parts)
+    row_sums = _int8_operands.sum_rows(problem, parts)
     out = _launch(problem, parts, row_sums, words, scale, bitlayers, config, interpret)
     if config.parts is None:
         return out
@@ -170,10 +169,10 @@ def _launch(
     """What the kernel writes, of int32[limbs, m, 32 * num_words]; all prefixes where `bitlayers` is their limit."""
     sweep = bitlayers.ndim == 0
     # What its first and last words are, of each segment, and its first segment, of each group; one more ends the last.
-    spans = segment_spans(problem)
+    spans = _int8_operands.segment_spans(problem)
     first_segment = np.searchsorted([group for group, _, _ in problem.segments], np.arange(problem.groups + 1))
     if config.parts is not None:
-        spans = split_spans(spans, config.block_words, config.parts)
+        spans = _int8_operands.split_spans(spans, config.block_words, config.parts)
         num_sums = len(problem.code_limbs) * problem.activation_limbs
         out_shape = jax.ShapeDtypeStruct((len(spans), num_sums, problem.m, problem.n), jnp.int32)
         num = len(spans)
@@ -195,7 +194,7 @@ def _launch(
     )(
         jnp.asarray(spans),
         jnp.asarray(first_segment.astype(np.int32)),
-        _triton_codes.arrange(signed(parts)),
+        _triton_codes.arrange(_int8_operands.signed(parts)),
         row_sums,
         jnp.atleast_1d(bitlayers),
         words,
@@ -207,37 +206,6 @@ def num_sums(problem: contract.Problem, config: Config) -> int:
     """Integers that the programs write and `_triton_epilogue` adds."""
     num_parts = len(problem.segments) * (config.parts or 0)
     return num_parts * len(problem.code_limbs) * problem.activation_limbs * problem.m * problem.n
-
-
-def segment_spans(problem: contract.Problem) -> np.ndarray:
-    """int32[segments, 2], first and last words."""
-    return np.array([(start, stop) for _, start, stop in problem.segments], np.int32)
-
-
-def sum_rows(problem: contract.Problem, limb_codes: jax.Array) -> jax.Array:
-    """int32[limbs, m, 32 * num_words] -> int32[segments, limbs, m]."""
-    if len({stop - start for _, start, stop in problem.segments}) == 1:  # one reduction, however many
-        sums = limb_codes.reshape(*limb_codes.shape[:2], len(problem.segments), -1).sum(axis=-1)
-        return jnp.moveaxis(sums, 2, 0)
-    return jnp.stack(
-        [
-            limb_codes[..., start * contract.WORD_BITS : stop * contract.WORD_BITS].sum(axis=-1)
-            for _, start, stop in problem.segments
-        ]
-    )
-
-
-def split_spans(spans: np.ndarray, block_words: int, parts: int) -> np.ndarray:
-    """Each segment in as many parts of whole blocks of words; the last may be short, or empty."""
-    part_words = block_words * pl.cdiv(pl.cdiv(int(np.max(np.diff(spans))), block_words), parts)
-    first = spans[:, :1] + part_words * np.arange(parts)
-    stop = np.minimum(first + part_words, spans[:, 1:])
-    return np.stack([np.minimum(first, stop), stop], axis=-1).reshape(-1, 2).astype(np.int32)
-
-
-def signed(parts: jax.Array) -> jax.Array:
-    """int32[limbs, m, k] -> int8, all but the first limb less 128."""
-    return jnp.concatenate([parts[:1], parts[1:] - HALF]).astype(jnp.int8)
 
 
 def _kernel(
@@ -309,8 +277,11 @@ def _kernel(
         ones = jnp.zeros((config.block_words, config.block_n), jnp.int32)
         sums, ones = lax.fori_loop(0, num_blocks, add_block, (sums, ones))
         # of c8 - 128, over the blocks as they were loaded
-        code_sum = jnp.sum(ones, axis=0) - HALF * contract.WORD_BITS * config.block_words * num_blocks
-        sums = [total + HALF * code_sum[None, :] if a else total for a, total in zip(group, sums, strict=True)]
+        code_sum = jnp.sum(ones, axis=0) - _int8_operands.HALF * contract.WORD_BITS * config.block_words * num_blocks
+        sums = [
+            total + _int8_operands.HALF * code_sum[None, :] if a else total
+            for a, total in zip(group, sums, strict=True)
+        ]
         return [total >> (contract.LIMB_BITS - used) for total in sums]
 
     groups_of_limbs = [
@@ -413,7 +384,9 @@ def load_activations(x, problem, config, rows, row_inside, a, start, stop) -> ja
     if not is_even(problem, config):
         masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
     ref = x.at[jnp.int32(a), rows, pl.ds(start * contract.WORD_BITS, k)]
-    return _triton_codes.load(ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -HALF)
+    return _triton_codes.load(
+        ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -_int8_operands.HALF
+    )
 
 
 def is_even(problem: contract.Problem, config: Config) -> bool:

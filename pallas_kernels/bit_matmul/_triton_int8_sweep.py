@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_codes, _triton_int8, contract, epilogue, limbs
+from pallas_kernels.bit_matmul import _int8_operands, _triton_codes, _triton_int8, contract, epilogue, limbs
 from pallas_kernels.bit_matmul._triton_int8 import Config
 
 
@@ -51,9 +51,9 @@ def prefixes(
       f32[bits, m, n].
     """
     limb_codes = limbs.split(codes, problem.activation_limbs)
-    row_sums = _triton_int8.sum_rows(problem, limb_codes)
+    row_sums = _int8_operands.sum_rows(problem, limb_codes)
     parts = _parts(problem, config)
-    spans = _triton_int8.split_spans(_triton_int8.segment_spans(problem), config.block_words, parts)
+    spans = _int8_operands.split_spans(_int8_operands.segment_spans(problem), config.block_words, parts)
     sums = _compat.triton_call(
         functools.partial(_kernel, problem=problem, config=config, num_spans=len(spans)),
         name="bit_matmul_int8_sweep",
@@ -68,7 +68,7 @@ def prefixes(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(jnp.asarray(spans), _triton_codes.arrange(_triton_int8.signed(limb_codes)), limit[None], words)
+    )(jnp.asarray(spans), _triton_codes.arrange(_int8_operands.signed(limb_codes)), limit[None], words)
     sums = sums.reshape(problem.bits, len(problem.segments), parts, *sums.shape[2:]).sum(axis=2)
     centred = 2 * sums + row_sums[None, ..., None]  # of q . (2 * bit - 1)
     running = []
@@ -150,5 +150,5 @@ def _kernel(spans, x, limit, words, out, *, problem: contract.Problem, config: C
         for a, total in zip(group, sums, strict=True):
             total = total >> (contract.LIMB_BITS - 1)
             if a:
-                total = total + _triton_int8.HALF * bit_sum[None, :]
+                total = total + _int8_operands.HALF * bit_sum[None, :]
             _compat.triton_store(out.at[bitlayer, part, jnp.int32(a), rows, channels], total, mask=mask)

@@ -15,11 +15,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_codes, _triton_dot, contract, epilogue
+from pallas_kernels.bit_matmul import _triton_codes, _triton_dot, _triton_groups, contract, epilogue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,27 +48,27 @@ def matmul(
 ) -> jax.Array:
     """The product of the contract, of one group. x: f32, bf16 or f16[m, 32 * num_words], 0 past k.
 
-    Rows of different numbers of bitlayers cost as many dots of all rows.
+    All rows are multiplied at the largest number of bitlayers. Those of smaller ones `_triton_groups` does again, in
+    programs that end at once where there are none: XLA would wait for the host to learn which numbers there are.
     """
     parts = _triton_codes.arrange(_triton_dot.split(x))
     rows = parts.reshape(-1, parts.shape[-1])
-
-    def product(count):
-        total = jnp.zeros((problem.m, problem.n), jnp.float32)
-        for values in _values(problem, words, count, config, interpret)[::-1]:  # the smallest first
-            sums = jnp.dot(rows, values, preferred_element_type=jnp.float32)
-            for part in sums.reshape(-1, problem.m, problem.n)[::-1]:
-                total = total + part
-        return total
-
-    def add_count(state):
-        count, total = state
-        total = jnp.where((bitlayers == count)[:, None], product(count), total)
-        return jnp.min(jnp.where(bitlayers > count, bitlayers, contract.MAX_BITS + 1)), total
-
-    state = jnp.min(bitlayers), jnp.zeros((problem.m, problem.n), jnp.float32)
-    _, total = lax.while_loop(lambda state: state[0] <= contract.MAX_BITS, add_count, state)
-    return total * epilogue.scale_rows(scale[:, 0], bitlayers)
+    largest = jnp.max(bitlayers)
+    total = jnp.zeros((problem.m, problem.n), jnp.float32)
+    for values in _values(problem, words, largest, config, interpret)[::-1]:  # the smallest first
+        sums = jnp.dot(rows, values, preferred_element_type=jnp.float32)
+        for part in sums.reshape(-1, problem.m, problem.n)[::-1]:
+            total = total + part
+    return _triton_groups.matmul(
+        problem,
+        x,
+        words,
+        scale,
+        jnp.where(bitlayers == largest, 0, bitlayers),
+        config=_triton_groups.config_for(problem),
+        interpret=interpret,
+        onto=total * epilogue.scale_rows(scale[:, 0], bitlayers),
+    )
 
 
 def _values(

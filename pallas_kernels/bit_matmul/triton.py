@@ -222,7 +222,8 @@ def _check(problem: contract.Problem, config: Config | None, x: Any) -> Config:
         )
     if isinstance(config, UnpackConfig) and problem.groups > 1:
         raise ValueError(
-            f"`config` must be a DotConfig for {problem.groups} groups, but got {config}. `config_for` returns one."
+            f"`config` must be a DotConfig or GroupsConfig for {problem.groups} groups, but got {config}. `config_for` "
+            "returns one."
         )
     return config
 

@@ -52,11 +52,25 @@ def test_few_rows_are_three_launches(backend, m, width, k, group_size, sweep):
     assert last.name == "bit_matmul_epilogue"
 
 
-def test_many_rows():
-    problem = contract.Problem(m=64, k=4096, n=4096, bits=8, group_size=None, activation_bits=16)
-    launches = in_own_process(launches_of, "triton", problem, False)
+@pytest.mark.parametrize("sweep", [False, True], ids=["product", "sweep"])
+@pytest.mark.parametrize("group_size", [None, 128])
+def test_many_rows(group_size, sweep):
+    problem = contract.Problem(m=64, k=4096, n=4096, bits=8, group_size=group_size, activation_bits=16)
+    launches = in_own_process(launches_of, "triton", problem, sweep)
     assert sum("bit_matmul_int8" in launch.name for launch in launches) == 1
-    assert len(launches) <= _INT8, launches
+    assert not {launch.kind for launch in launches} & {"kWhile", "kConditional"}, launches
+    assert len(launches) <= _INT8 + sweep, launches
+
+
+@pytest.mark.parametrize(("m", "group_size"), [(64, None), (64, 128), (256, None), (256, 128)])
+def test_float_activations(m, group_size):
+    """No loop of XLA's either, whatever the numbers of bitlayers; from 256 rows on, the dot in between is XLA's."""
+    problem = contract.Problem(m=m, k=4096, n=4096, bits=8, group_size=group_size, activation_bits=None)
+    launches = in_own_process(launches_of, "triton", problem, False)
+    names = [launch.name for launch in launches if "bit_matmul" in launch.name]
+    many = ["bit_matmul_unpack", "bit_matmul_groups"]
+    assert names == (["bit_matmul_groups"] if group_size else many if m == 256 else ["bit_matmul_dot"])
+    assert not {launch.kind for launch in launches} & {"kWhile", "kConditional"}, launches
 
 
 def launches_of(backend: str, problem: contract.Problem, sweep: bool) -> tuple[machine_code.Launch, ...]:

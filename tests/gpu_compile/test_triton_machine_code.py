@@ -62,11 +62,11 @@ def kernel(
     )
     run = functools.partial(triton.prefixes if sweep else triton.matmul, problem, config=config)
     kernels = machine_code.compile_kernels(run, *described, gpu=gpu)
-    found, *last = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")][::-1]
-    for epilogue in last:  # by name the first
-        assert epilogue.name == "bit_matmul_epilogue"
-        assert epilogue.spill_bytes == 0
-        assert not epilogue.uses_local_memory
+    found, *others = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")][::-1]
+    for other in others:  # what comes after it, by name before it
+        assert other.name in ("bit_matmul_epilogue", "bit_matmul_groups")
+        assert other.spill_bytes == 0
+        assert not other.uses_local_memory
     return found
 
 
@@ -243,6 +243,8 @@ def tensor_core(opcodes: tuple[str, ...]) -> int:
 _INSTRUCTIONS_PER_CODE_OF_UNPACKING = 9.9
 
 
+# For up to 32 rows, up to three parts of the activations: of those up to 4 are to make bfloat16 of a code.
+_INSTRUCTIONS_PER_CODE_OF_A_GROUP = 11.0
 GROUPS = {
     "one row": problem(activation_bits=None, group_size=128),
     "64 rows": problem(m=64, activation_bits=None, group_size=128),
@@ -262,11 +264,14 @@ def test_groups_of_float_activations(problem, dtype, sweep, gpu):
     assert isinstance(config, triton.GroupsConfig)
     found = kernel(problem, gpu, sweep, dtype)
     assert found.name == "bit_matmul_groups"
-    assert found.spill_bytes == 0
-    assert not found.uses_local_memory
+    # Outside of the loop over words, where masks or a second limb of bitlayers need registers too.
+    assert found.spill_bytes <= (48 if problem.bits > 8 or problem.n % config.block_n else 0)
     loops = [loop for loop in found.loops if machine_code.count(loop, "HMMA") + machine_code.count(loop, "HGMMA")]
     assert len(loops) == len(problem.code_limbs)
     for loop, (first, last) in zip(loops, problem.code_limbs, strict=True):
+        assert machine_code.count(loop, "LDL") + machine_code.count(loop, "STL") == 0
+        codes = contract.WORD_BITS * config.block_words * config.block_n // (32 * config.num_warps)  # of a lane
+        assert len(loop) / codes <= _INSTRUCTIONS_PER_CODE_OF_A_GROUP
         if config.block_words == 4:  # one load of 16 bytes for each bitlayer; the others are of activations
             assert machine_code.count(loop, "LDG.E.128") >= last - first
 
