@@ -81,7 +81,7 @@ def task_of(model: PairClassifier, data: Data, name: str) -> Task:
         logits=PairClassifier.__call__,
         inputs=data.test_sentences,
         labels=data.test_labels,
-        calibration=data.train_sentences[:64],
+        calibration=data.train_sentences[:128],
         deployed=PairClassifier.__call__,
         example=data.test_sentences[:1],
         unit="pair of sentences",

@@ -3,9 +3,13 @@
 Trains the models of `digits.py`, `language_model.py` and `inference_nli.py`, and measures of each how good it is, how
 many bytes it takes and how fast it answers one request: with 1, 2, .., 8 bitlayers in all layers, with numbers that
 `pbjax.allocate` chose, with 8-bit, 16-bit and float activations, beside float32, bfloat16, int8 and int4, and beside
-the number format of the paper (its numbers are computed, its speed is not). Takes some ten minutes on two cores.
+the number format of the paper (its numbers are computed, its speed is not). What `allocate` finds within the bytes of
+1, 2, .., 6 bitlayers in all layers is compared with all other assignments within them. Takes some ten minutes on two
+cores.
 
     .venv/bin/python examples/paper.py --output paper.png --csv paper.csv --markdown paper.md
+
+With `--weights DIR` the trained weights are kept, and a later run with the same options trains nothing.
 """
 
 from __future__ import annotations
