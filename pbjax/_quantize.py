@@ -43,7 +43,7 @@ def quantize(
         c = clip(floor((w / s + 1) * 2**(bits-1)), 0, 2**bits - 1),
 
     whose bits, most significant first, are its bitlayers. The first b of them are the b-bit quantization of w, with a
-    scale of their own for b < 4 (least squares over the group) and s from 4 on.
+    scale of their own for b < 4 (<w, w> / <w, v_b> over the group: without bias) and s from 4 on.
 
     How a weight is used decides how it is packed. With `fn`, `fn(tree, *args)` is traced, without computing anything,
     and each weight is packed for the operation that consumes it. Without, a weight of rank 2 is taken as (in, out), and

@@ -95,18 +95,16 @@ def test_codes_are_the_definition(data):
 
 
 @pytest.mark.parametrize(("k", "group_size"), LAYOUTS)
-def test_scales_are_least_squares_below_4_bitlayers(k, group_size):
-    """scale_b = <w, v_b> / <v_b, v_b>, within the roundings of a sum over a group; max|w|, exactly, from 4 on."""
+def test_scales_leave_the_product_with_the_weight_below_4_bitlayers(k, group_size):
+    """scale_b = <w, w> / <w, v_b>, within the roundings of a sum over a group; max|w|, exactly, from 4 on."""
     weight = gaussian(k, 6)
     words, scale = quantize(weight, 5, group_size, None)
     codes = np.asarray(unpack(words, k))
     operations = (group_size or k) + 6
     for b in (1, 2, 3):
         exact = oracle.exact_scale(weight, codes, 5, b, group_size)
-        values = np.abs(oracle.prefix_values(codes, 5, b))
-        groups = oracle.group_slices(k, group_size)
-        absolute = np.array([(np.abs(weight[ks]).sum(0)) / (values[ks] ** 2).sum(0) for ks in groups])
-        assert np.all(np.abs(scale[b - 1] - exact) <= oracle.gamma(operations) * absolute)
+        # <w, v_b> is a sum of |w| |v_b|, as w and v_b have one sign: nothing cancels.
+        assert np.all(np.abs(scale[b - 1] - exact) <= oracle.gamma(2 * operations) * exact)
     np.testing.assert_array_equal(scale[3], oracle.exact_scale(weight, codes, 5, 4, group_size).astype(np.float32))
 
 
@@ -181,8 +179,8 @@ def gaussian_errors(clip_bits=None):
 
 
 def test_error_of_gaussian_weights():
-    """The errors that the format was chosen for, to their two digits."""
-    for bitlayers, expected in {1: 0.60, 2: 0.46, 3: 0.25, 4: 0.13, 8: 0.0082}.items():
+    """No larger than what scales without bias cost: 1.26, 1.14, 1.04 times the least squares at 1, 2, 3."""
+    for bitlayers, expected in {1: 0.76, 2: 0.53, 3: 0.27, 4: 0.14, 8: 0.0083}.items():
         assert float(f"{gaussian_errors()[bitlayers - 1]:.2g}") <= expected, bitlayers
     assert np.all(np.diff(gaussian_errors()) < 0)
 
