@@ -23,26 +23,10 @@ inline void LoadOperands(const uint8_t* limb, Vector* out) {
   }
 }
 
-// Words that all caches together do not hold come from memory, and are asked for a row of words ahead. Of words in the
-// last-level cache 32 lines ahead are enough, and more are worse: they push each other out of the first level.
-constexpr int64_t kCachedBytes = 24 << 20;
-constexpr int kLinesAhead = 32;
-
-// Offsets of the words to prefetch from those at hand: of channels before and from `split` of a block.
-struct Ahead {
-  int64_t first, second, split;
-};
-
-template <int kLayers, int kWords>
-inline Ahead WordsAhead(const WordBlock& block, int64_t first_word) {
-  constexpr int64_t kChannels = 16 * kLinesAhead / kLayers;
-  const int64_t next_row = first_word + 2 * kWords <= block.words ? kWords * block.word_stride : 0;
-  if (4 * kLayers * block.layer_stride > kCachedBytes) return {next_row, next_row, block.channels};
-  return {kChannels, next_row == 0 ? 0 : kChannels - block.channels + next_row, block.channels - kChannels};
-}
-
+// A row of words ahead: what memory needs, and few enough lines at a time for the first-level cache where a row is 512
+// channels and one word. Inlined by force: GCC takes a call that only prefetches for one without effect.
 template <int kLayers>
-inline void PrefetchLayers(const uint32_t* words, int64_t layer_stride) {
+PBJAX_INLINE inline void PrefetchLayers(const uint32_t* words, int64_t layer_stride) {
   Unroll<kLayers>([&](auto i) PBJAX_INLINE {
     _mm_prefetch(reinterpret_cast<const char*>(words + i * layer_stride), _MM_HINT_T0);
   });
@@ -74,21 +58,18 @@ struct CodeOf {
   static constexpr int Sum(int i) { return L::SumOf(i / L::kPieces, i % L::kPieces); }
 };
 
-template <int kLayers, int kLimbs, int kWords>
-void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row, int32_t* scratch) {
+template <int kLayers, int kLimbs>
+void StreamWord(const WordBlock& block, int64_t word, const LimbRows& row, int32_t* scratch) {
   constexpr int kDepth = Depth(kLayers);
   using L = Layout<kDepth>;
-  Vector operands[kWords][kLimbs][L::kOperands];
-  for (int w = 0; w < kWords; ++w) {
-    for (int limb = 0; limb < kLimbs; ++limb) {
-      LoadOperands<kDepth>(row.data + limb * row.limb_stride + 32 * (first_word + w), operands[w][limb]);
-    }
+  Vector operands[kLimbs][L::kOperands];
+  for (int limb = 0; limb < kLimbs; ++limb) {
+    LoadOperands<kDepth>(row.data + limb * row.limb_stride + 32 * word, operands[limb]);
   }
-  const uint32_t* data = block.data + first_word * block.word_stride;
-  const Ahead ahead = WordsAhead<kLayers, kWords>(block, first_word);
+  const uint32_t* data = block.data + word * block.word_stride;
+  const int64_t ahead = word + 2 <= block.words ? block.word_stride : 0;
   for (int64_t c = 0; c < block.channels; c += 16) {
     const __mmask16 mask = ChannelMask(block.channels - c);
-    const int64_t offset = c < ahead.split ? ahead.first : ahead.second;
     int32_t* memory = scratch + c * L::kSums * kLimbs;
     Vector sums[kLimbs][L::kSums];
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
@@ -96,16 +77,13 @@ void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row
         sums[limb][i] = _mm512_load_si512(memory + 16 * (limb * L::kSums + i));
       });
     });
-    Unroll<kWords>([&](auto w) PBJAX_INLINE {
-      const uint32_t* words = data + w * block.word_stride + c;
-      PrefetchLayers<kLayers>(words + offset, block.layer_stride);
-      ForCodes<kLayers>(words, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE {
-        constexpr int kSum = CodeOf<kLayers>::Sum(i), kOperand = CodeOf<kLayers>::Operand(i);
-        AddProducts(sums[0][kSum], code, operands[w][0][kOperand]);
-        if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
-        Unroll<kLimbs - 1>([&](auto limb) PBJAX_INLINE {
-          AddProducts(sums[limb + 1][kSum], operands[w][limb + 1][kOperand], code);
-        });
+    PrefetchLayers<kLayers>(data + c + ahead, block.layer_stride);
+    ForCodes<kLayers>(data + c, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE {
+      constexpr int kSum = CodeOf<kLayers>::Sum(i), kOperand = CodeOf<kLayers>::Operand(i);
+      AddProducts(sums[0][kSum], code, operands[0][kOperand]);
+      if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
+      Unroll<kLimbs - 1>([&](auto limb) PBJAX_INLINE {
+        AddProducts(sums[limb + 1][kSum], operands[limb + 1][kOperand], code);
       });
     });
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
@@ -116,7 +94,8 @@ void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row
   }
 }
 
-// Several rows: code bytes of two words stay in registers, and sums and activations come from the first-level cache.
+// Several rows: code bytes of two words stay in registers, and sums and activations come from the cache. Nothing
+// is prefetched, which measured slower: sums and the lines of two words fill the first level.
 template <int kLayers, int kLimbs, int kWords>
 void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows, int32_t* scratch) {
   constexpr int kDepth = Depth(kLayers), kRun = kDepth <= 2 ? 8 : 16;  // bytes of an operand, which all lanes share
@@ -133,15 +112,12 @@ void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows
     }
   }
   const uint32_t* data = block.data + first_word * block.word_stride;
-  const Ahead ahead = WordsAhead<kLayers, kWords>(block, first_word);
   int32_t* memory = scratch;
   for (int64_t c = 0; c < block.channels; c += 16) {
     const __mmask16 mask = ChannelMask(block.channels - c);
-    const int64_t offset = c < ahead.split ? ahead.first : ahead.second;
     Vector codes[kWords][8];
     Unroll<kWords>([&](auto w) PBJAX_INLINE {
       const uint32_t* words = data + w * block.word_stride + c;
-      PrefetchLayers<kLayers>(words + offset, block.layer_stride);
       ForCodes<kLayers>(words, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE { codes[w][i] = code; });
     });
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
@@ -190,10 +166,6 @@ inline Vector AddLanes(const int32_t* sums) {
   }
 }
 
-// Words whose sums stay in registers. With more of them the lines of bitlayers, powers of two apart, compete for a set of
-// the first-level cache.
-constexpr int StreamStep(int layers, int limbs) { return limbs == 2 && Depth(layers) == 4 ? 2 : 1; }
-
 template <int kLayers, int kLimbs>
 void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch, int32_t* sums, int64_t sums_stride) {
   constexpr int kDepth = Depth(kLayers), kSums = Layout<kDepth>::kSums;
@@ -201,9 +173,7 @@ void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch,
   __builtin_memset(scratch, 0, blocks * stride * sizeof(int32_t));
   int64_t word = 0;
   if (rows.rows == 1) {
-    constexpr int kStep = StreamStep(kLayers, kLimbs);
-    for (; word + kStep <= block.words; word += kStep) StreamWords<kLayers, kLimbs, kStep>(block, word, rows, scratch);
-    for (; word < block.words; ++word) StreamWords<kLayers, kLimbs, 1>(block, word, rows, scratch);
+    for (; word < block.words; ++word) StreamWord<kLayers, kLimbs>(block, word, rows, scratch);
   } else {
     for (; word + 2 <= block.words; word += 2) StreamRows<kLayers, kLimbs, 2>(block, word, rows, scratch);
     if (word < block.words) StreamRows<kLayers, kLimbs, 1>(block, word, rows, scratch);

@@ -20,7 +20,6 @@ constexpr int64_t kMaxPanelBytes = 32 << 20;   // of prepared activations
 constexpr int64_t kCodeBytes = 64 << 10;       // of one block of codes: second-level cache
 constexpr int64_t kValueBytes = 32 << 10;      // of one block of float weights: first-level cache
 constexpr int64_t kWideChannels = 1024;        // of one row: its sums fill the first-level cache
-constexpr int64_t kStreamChannels = 2048;      // times rows and limbs: their sums leave a third of that cache to words
 constexpr int64_t kLookupWords = 4;            // that several rows look up in turn
 constexpr int64_t kSerialWork = 1 << 15;       // words times rows below which one thread is enough
 constexpr int64_t kNarrowChannels = 64;        // that one task takes, so that shares of k are worth it
@@ -94,9 +93,7 @@ class Product {
     const RowBlock& block = blocks[0];
     const int64_t outputs = static_cast<int64_t>(block.outputs.size());
     int64_t width = limbs_ == 0 ? (outputs <= 16 ? 256 : 64) : (outputs <= 16 ? 512 : 128);
-    if (block.method == Method::kStream) {
-      width = std::clamp<int64_t>(kStreamChannels / (block.rows * limbs_) / 64 * 64, 64, kWideChannels / 2);
-    }
+    if (block.method == Method::kStream) width = block.rows == 1 ? kWideChannels / 2 : kWideChannels;
     if (block.method == Method::kCodes) width = kWideChannels / 2;  // and a block of codes for their k
     if (block.method == Method::kLookup) width = outputs == 1 ? kWideChannels : kWideChannels / 2;
     if (problem_.num_words() * problem_.n * rows < kSerialWork) return std::max<int64_t>(16, width);
