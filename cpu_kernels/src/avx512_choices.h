@@ -2,7 +2,8 @@
 //
 // Source: examples/benchmarks/results/cpu_methods.csv, written by `pbjax_time_methods 4096` (tests/time_methods.cc) on 2 cores
 // of an AMD EPYC (Zen 5), 2026-11-24: up to 8 rows and 8 bitlayers. Where differences were within the noise of that machine
-// there is no line; half of those times are of a slower phase of the machine, so only methods of one case compare. Look-ups of limbs need VBMI; tables without them go on to the next line.
+// there is no line. The machine was slower for a part of the run: compare methods of one case only. Look-ups of limbs need
+// VBMI; tables without them go on to the next line.
 
 namespace {
 
