@@ -113,11 +113,15 @@ void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows
   }
   const uint32_t* data = block.data + first_word * block.word_stride;
   int32_t* memory = scratch;
+  const int64_t ahead = first_word + 2 * kWords <= block.words ? kWords * block.word_stride : 0;
   for (int64_t c = 0; c < block.channels; c += 16) {
     const __mmask16 mask = ChannelMask(block.channels - c);
     Vector codes[kWords][8];
     Unroll<kWords>([&](auto w) PBJAX_INLINE {
       const uint32_t* words = data + w * block.word_stride + c;
+      Unroll<kLayers>([&](auto i) PBJAX_INLINE {
+        _mm_prefetch(reinterpret_cast<const char*>(words + ahead + i * block.layer_stride), _MM_HINT_T1);
+      });
       ForCodes<kLayers>(words, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE { codes[w][i] = code; });
     });
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
