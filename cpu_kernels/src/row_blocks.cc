@@ -6,14 +6,13 @@ namespace pbjax {
 namespace {
 
 constexpr int64_t kMaxBlockRows = 128;  // of results
-constexpr int64_t kCachedBytes = 24 << 20;  // of words: with more, several rows wait for memory unless it is prefetched
 
-Method Choose(const Kernels& kernels, int limbs, bool sweep, bool may_stream, int64_t rows, int layers) {
+Method Choose(const Kernels& kernels, int limbs, bool sweep, bool uniform, int64_t rows, int layers) {
   for (int i = 0; i < kernels.num_choices; ++i) {
     const Choice& choice = kernels.choices[i];
     if (choice.limbs != limbs || choice.sweep != sweep || rows > choice.max_rows || layers > choice.max_layers) continue;
     const bool possible = choice.method == Method::kStream   ? kernels.stream != nullptr && limbs > 0 &&
-                                                                  rows <= kStreamRows && may_stream
+                                                                  rows <= kStreamRows && uniform
                           : choice.method == Method::kCodes  ? kernels.float_codes != nullptr && limbs == 0 &&
                                                                   rows <= kFewRows && layers <= kLimbBits
                           : choice.method == Method::kLookup ? (limbs == 0 ? kernels.float_lookup != nullptr
@@ -100,10 +99,8 @@ std::vector<RowBlock> MakeRowBlocks(const Problem& problem, const Kernels& kerne
     RowBlock& block = blocks.back();
     block.first_row = first;
     block.rows = size;
-    const int64_t bytes = 4 * block.most() * problem.num_words() * problem.n;
     const bool uniform = block.columns[0].size() <= 1 && block.columns[1].size() <= 1;
-    const bool may_stream = uniform && (size == 1 || bytes <= kCachedBytes);
-    block.method = Choose(kernels, problem.limbs(), problem.prefixes, may_stream, size, block.most());
+    block.method = Choose(kernels, problem.limbs(), problem.prefixes, uniform, size, block.most());
     if (block.method == Method::kLookup) ArrangeForLookup(problem, block);
   }
   return blocks;

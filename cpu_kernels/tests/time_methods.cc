@@ -111,7 +111,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "no kernels named %s on this machine\n", name);
     return 1;
   }
-  constexpr int64_t kRows = 8, kBits = 8;
+  constexpr int64_t kRows = 16, kBits = 8;
   std::mt19937_64 random(0);
   std::normal_distribution<float> normal;
   Buffers buffers;
@@ -125,7 +125,7 @@ int main(int argc, char** argv) {
   std::printf("instructions,threads,k,n,m,activation_bits,sweep,bitlayers,method,median_us\n");
   for (const bool sweep : {false, true}) {
     for (const int activation_bits : {8, 16, 24, 0}) {
-      for (const int64_t m : {1, 2, 4, 8}) {
+      for (const int64_t m : {1, 2, 4, 8, 16}) {
         for (const int count : {1, 2, 4, 6, 8}) {
           if (sweep && count < 8) continue;
           for (const Method method : {Method::kBlocks, Method::kStream, Method::kCodes, Method::kLookup}) {
