@@ -10,6 +10,7 @@ from typing import Any
 import equal_bytes
 import jax
 import jax.numpy as jnp
+import rich.box
 import rich.table
 from baselines import OriginalLinear, baselines, model_bytes, original_bytes, replace_linears
 from benchmarks.timing import interleaved
@@ -164,8 +165,9 @@ def timed(task: Task, variants: Sequence[Variant], *, repeats: int = 30, max_sec
 
 def make_table(rows: Sequence[Row], title: str, unit: str) -> rich.table.Table:
     """The rows as a table for the terminal."""
-    table = rich.table.Table(title=title, caption=f"quality on the test data, median time for one {unit}")
-    for name in ("", "activations", "bitlayers", "bytes", rows[0].metric, "lost", "ms", "speed-up"):
+    caption = f"A: bits of activations; quality on the test data, median time for one {unit}"
+    table = rich.table.Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD)  # 80 columns hold it
+    for name in ("", "A", "bitlayers", "MB", rows[0].metric, "lost", "ms", "speed-up"):
         table.add_column(name, justify="right")
     for i, row in enumerate(rows):
         if (
@@ -178,7 +180,7 @@ def make_table(rows: Sequence[Row], title: str, unit: str) -> rich.table.Table:
             row.method,
             row.activation_bits,
             "" if row.bitlayers is None else f"{row.bitlayers:.3g}",
-            f"{row.num_bytes:,}",
+            f"{row.num_bytes / 1e6:.3g}",
             quality_text(row),
             f"{row.loss:.2%}",
             "" if row.ms is None else f"{row.ms:.3f}",

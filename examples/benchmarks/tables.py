@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+sys.path.insert(0, str(ROOT / "examples"))
 
 Row = dict[str, str]
 
@@ -180,6 +183,22 @@ def layer_machine() -> str:
     return machine(read("layers_cpu.csv"), "date", "cpu", "jax")
 
 
+def paper_tasks() -> str:
+    """Quality, bytes and speed on the paper's three tasks."""
+    import paper  # with Flax and Matplotlib, which the other tables do without
+    import paper_output
+
+    return paper_output.markdown(paper.read_csv(RESULTS / "paper.csv"))
+
+
+def paper_equal_bytes() -> str:
+    """Allocations within the bytes of uniform numbers of bitlayers."""
+    import equal_bytes
+    import paper
+
+    return equal_bytes.markdown(paper.read_csv(RESULTS / "paper.csv"))
+
+
 TABLES: tuple[Callable[[], str], ...] = (
     cpu_speedups,
     cpu_few_rows,
@@ -191,6 +210,8 @@ TABLES: tuple[Callable[[], str], ...] = (
     layer_speedups,
     layer_dense,
     layer_machine,
+    paper_tasks,
+    paper_equal_bytes,
 )
 
 
