@@ -163,6 +163,13 @@ def timed(task: Task, variants: Sequence[Variant], *, repeats: int = 30, max_sec
     return rows
 
 
+def _group(row: Row) -> tuple[str, ...]:
+    """Of rows that stand together in a table: uniform numbers by activations, baselines all."""
+    if row.bitlayers is None:
+        return ()
+    return (row.method, row.activation_bits) if row.method == "uniform" else (row.method,)
+
+
 def make_table(rows: Sequence[Row], title: str, unit: str) -> rich.table.Table:
     """The rows as a table for the terminal."""
     caption = f"A: bits of activations; quality on the test data, median time for one {unit}"
@@ -170,11 +177,7 @@ def make_table(rows: Sequence[Row], title: str, unit: str) -> rich.table.Table:
     for name in ("", "A", "bitlayers", "MB", rows[0].metric, "lost", "ms", "speed-up"):
         table.add_column(name, justify="right")
     for i, row in enumerate(rows):
-        if (
-            i
-            and row.bitlayers
-            and (row.method, row.activation_bits) != (rows[i - 1].method, rows[i - 1].activation_bits)
-        ):
+        if i and _group(row) != _group(rows[i - 1]):
             table.add_section()
         table.add_row(
             row.method,
