@@ -151,7 +151,7 @@ def quantize(task: Task, graph: Any, params: Any, activation_bits: int | None) -
 def timed(task: Task, variants: Sequence[Variant], *, repeats: int = 30, max_seconds: float = 30) -> list[Row]:
     """The rows of variants with their times, all in turn; those that have no function keep none."""
     functions = {i: variant.call for i, variant in enumerate(variants) if variant.call is not None}
-    times = interleaved(functions, repeats=repeats, max_seconds=max_seconds)
+    times = interleaved(functions, repeats=repeats, max_seconds=max_seconds, warm=True)
     rows = []
     for i, variant in enumerate(variants):
         if i not in times:

@@ -98,7 +98,7 @@ def time_one_image(model: MLP, params: Any, qparams: Any, image: np.ndarray) -> 
     functions = {None: functools.partial(float_model, params, image)}
     for bitlayers in BITLAYERS:
         functions[bitlayers] = functools.partial(bit_model, pbjax.with_bitlayers(qparams, bitlayers), image)
-    times = interleaved(functions, repeats=100, max_seconds=15)
+    times = interleaved(functions, repeats=100, max_seconds=15, warm=True)
     return [times[key].median_us / 1000 for key in functions]
 
 

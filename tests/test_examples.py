@@ -256,6 +256,12 @@ class TestBenchmark:
         assert times["a"].repeats == 3
         assert times["a"].p20_us <= times["a"].median_us <= times["a"].p80_us
 
+    def test_warm_calls_are_not_counted(self, timing):
+        order = []
+        times = timing.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3, warm=True)
+        assert "".join(order) == "abab" + 3 * "aabb"
+        assert times["b"].repeats == 3
+
 
 class TestCpuBenchmark:
     @pytest.mark.skipif(not cpu_backend.instructions(), reason=str(cpu_backend.missing("cpu")))

@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     layers = [layer for image in args.image for layer in make_layers(args.hidden, image)]
     for layer in {layer.name: layer for layer in layers}.values():
         functions = make_functions(layer, bitlayers=args.bitlayers, activation_bits=args.activation_bits)
-        times = interleaved(functions, repeats=args.repeats, max_seconds=args.max_seconds)
+        times = interleaved(functions, repeats=args.repeats, max_seconds=args.max_seconds, warm=True)
         for (width, used), time in times.items():
             yield Row(
                 **machine,

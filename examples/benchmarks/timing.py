@@ -27,7 +27,12 @@ class Times:
 
 
 def interleaved(
-    functions: Mapping[Key, Callable[[], Any]], *, repeats: int, max_seconds: float = float("inf"), calls: int = 1
+    functions: Mapping[Key, Callable[[], Any]],
+    *,
+    repeats: int,
+    max_seconds: float = float("inf"),
+    calls: int = 1,
+    warm: bool = False,
 ) -> dict[Key, Times]:
     """Times functions in turn, round after round: in each round every function runs once, then the next round starts.
 
@@ -39,6 +44,8 @@ def interleaved(
       max_seconds: no further round starts after this many seconds, except that three always run.
       calls: calls queued for one time, which is divided by their number. On a GPU more than one hides the wait for the
         device; it does not hide the launch of each call, so products of a few microseconds need a profiler instead.
+      warm: each time follows a call of the same function, which is not counted. So caches hold what fits into them, as
+        where a model answers one request after the other; else they hold what the function before has left.
 
     Returns:
       The times of each function, by its key.
@@ -52,6 +59,8 @@ def interleaved(
         if done >= 3 and time.perf_counter() > deadline:
             break
         for key, function in functions.items():
+            if warm:
+                jax.block_until_ready(function())
             start = time.perf_counter()
             jax.block_until_ready([function() for _ in range(calls)])
             microseconds[key].append((time.perf_counter() - start) * 1e6 / calls)
