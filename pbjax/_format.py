@@ -131,11 +131,13 @@ def dequantize(
 
 
 def _scales(weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int, group_size: int | None) -> jax.Array:
-    """Scales <w, w> / <w, v_b> for b = 1, 2, 3 and max|w| from 4 on: f32[min(bits, 4), groups, n].
+    """min(<w, w> / <w, v_b>, 2 <w, v_b> / <v_b, v_b>) for b = 1, 2, 3, max|w| from 4 on: f32[min(bits, 4), groups, n].
 
-    With them <w, w_b> = <w, w>: the error is orthogonal to the weight, and no part of an output. Least squares,
+    With the first <w, w_b> = <w, w>: the error is orthogonal to the weight, and no part of an output. Least squares,
     <w, v_b> / <v_b, v_b>, have less error in the weights, but shrink every product by <w_b, w_b> / <w, w>, which layer
-    upon layer adds up as no other error does. For one bitlayer this is the scale of DRIVE (arXiv 2105.08339).
+    upon layer adds up as no other error does. For one bitlayer this is the scale of DRIVE (arXiv 2105.08339). The
+    second is smaller where v_b has little to do with w, as in a group with outliers or many zeros: twice the least
+    squares is as far as a scale goes before w_b is farther from w than 0 is. No scale passes the largest float32.
 
     The sums run over integers, with w / s in fixed point (k = 4096: 13 bits behind the point, which moves a scale by
     some 1e-6 of it). Integer sums do not depend on their order: rows come out the same to the last bit however many
@@ -148,8 +150,11 @@ def _scales(weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int
     rows = []
     for b in range(1, min(bits, NUM_SCALES - 1) + 1):
         odd = 2 * (codes >> (bits - b)).astype(jnp.int32) + 1 - 2**b  # v_b * 2**b
-        projection = group_sum(ratio * odd, group_size).astype(jnp.float32) * 2.0 ** (point - b)
-        rows.append(jnp.where(projection > 0, square / jnp.where(projection > 0, projection, 1), 0) * magnitude)
+        projection = group_sum(ratio * odd, group_size).astype(jnp.float32)
+        energy = group_sum(odd * odd, group_size).astype(jnp.float32)
+        unbiased = square / jnp.maximum(projection, 1) * 2.0 ** (b - point)
+        scale = jnp.minimum(unbiased, projection / energy * 2.0 ** (b + 1 - point)) * magnitude
+        rows.append(jnp.minimum(scale, jnp.finfo(jnp.float32).max))
     if bits >= NUM_SCALES:
         rows.append(magnitude)
     return jnp.stack(rows)

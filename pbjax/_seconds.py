@@ -20,6 +20,7 @@ from pbjax import _bit_tensor, _checks, _paths, _sweep
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
 
 _WHERE = "argument of product_seconds"
+_WORDS = 1  # the operand of a product that is packed
 _LEAST_SECONDS = 2e-3  # of one timing, so that what starts and ends it counts little
 
 
@@ -35,7 +36,8 @@ def product_seconds(
         seconds(l, b) = sum over the products p of layer l of calls(p) * median of the measured times of p at b.
 
     Where weights are stacked, each gets an equal part of the calls. Products alike in all shapes are measured once.
-    Loops whose number of turns is not known count as one turn, and all branches of a condition count. A weight whose
+    Loops whose number of turns is not known count as one turn, without their condition, and all branches of a
+    `jax.lax.cond` count. A weight whose
     products `fn` does not have on bitlayers has zeros.
 
     These are times on this machine, of a product after itself: its words are in the caches if they fit in there. What
@@ -72,6 +74,12 @@ def product_seconds(
             f"`qparams` and `batch` must have known values, but got traced ones ({_WHERE}). Measure outside of "
             "`jax.jit` and other transforms."
         )
+    paths = Counter(name for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf))
+    twice = [name for name, count in paths.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"paths of BitTensors must differ, but `qparams` has two of {twice[0]} ({_WHERE}). Rename one."
+        )
     tensors = {name: leaf for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf)}
     calls = _calls(fn, qparams, batch)
     measured: dict[Any, np.ndarray] = {}
@@ -79,16 +87,17 @@ def product_seconds(
     for i, (name, tensor) in enumerate(tensors.items()):
         total = np.zeros(tensor.bits)
         for product, count in calls[i].items():
-            if product not in measured:
-                measured[product] = _measure(product, tensor, repeats)
-            total += measured[product] * (count / math.prod(tensor.stack_shape))
+            key = (product.text, tensor.activation_bits, tensor.group_size)
+            if key not in measured:
+                measured[key] = _measure(product, tensor, repeats)
+            total += measured[key] * (count / math.prod(tensor.stack_shape))
         seconds[name] = np.broadcast_to(total, (*tensor.stack_shape, tensor.bits)).copy()
     return seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A product in a program. Its text says all that decides how long it takes: backend, activations, shapes."""
+    """A product in a program. With what its weight knows, its text says what decides the time: backend, shapes."""
 
     text: str
     eqn: Any = dataclasses.field(compare=False)
@@ -136,6 +145,10 @@ def _count(jaxpr: core.Jaxpr, sources: Sequence[int | None], turns: int, calls: 
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "custom_vmap_call":
+            if (weight := inputs[_WORDS]) is not None:
+                calls[weight][_Product(str(eqn.params["call"]), eqn)] += turns
+            continue
         source = next((one for one in inputs if one is not None), None)
         if source is None:
             continue
@@ -144,9 +157,6 @@ def _count(jaxpr: core.Jaxpr, sources: Sequence[int | None], turns: int, calls: 
                 f"`fn` must have its products outside of `jax.shard_map`, where one cannot run alone ({_WHERE}). "
                 "Measure them there, and give `allocate` the seconds as `cost`."
             )
-        if eqn.primitive.name == "custom_vmap_call":
-            calls[source][_Product(str(eqn.params["call"]), eqn)] += turns
-            continue
         inner_turns = turns * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
         programs = list(_programs(eqn))
         outputs: list[int | None] = [None if programs else source] * len(eqn.outvars)  # a slice of words is one, too
@@ -168,10 +178,11 @@ def _programs(eqn: Any) -> Iterator[core.Jaxpr]:
 def _measure(product: _Product, tensor: BitTensor, repeats: int) -> np.ndarray:
     """float64[bits], seconds of one product at 1..bits bitlayers."""
     primitive, params = product.eqn.primitive, product.eqn.params
-    rows, counts = (product.eqn.invars[i].aval for i in (0, 3))
+    rows, packed, scales, counts = (atom.aval for atom in product.eqn.invars)
     x = jax.random.normal(jax.random.key(0), rows.shape, rows.dtype)
-    first = (0,) * len(tensor.stack_shape)
-    words, scale = tensor.words[first], tensor.scale[first]
+    # A product may have a part of the weight, as those of convolutions in groups: words of its shape take as long.
+    words = jax.random.bits(jax.random.key(1), packed.shape, packed.dtype)
+    scale = jnp.full(scales.shape, jnp.ravel(tensor.scale)[0], scales.dtype)
 
     @jax.jit
     def run(num_calls, x, words, scale, bitlayers):

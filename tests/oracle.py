@@ -45,12 +45,16 @@ def prefix_values(codes: np.ndarray, bits: int, bitlayers: int) -> np.ndarray:
 
 
 def exact_scale(weight: np.ndarray, codes: np.ndarray, bits: int, b: int, group_size: int | None) -> np.ndarray:
-    """<w, w> / <w, v_b> for b < 4 and max|w| from there on, for each group; float64[groups, n]."""
+    """<w, w> / <w, v_b>, at most 2 <w, v_b> / <v_b, v_b>, for b < 4, and max|w| from there on; float64[groups, n]."""
     weight, values = weight.astype(np.float64), prefix_values(codes, bits, b)
     out = []
     for rows in group_slices(weight.shape[0], group_size):
         w, v = weight[rows], values[rows]
-        out.append(np.abs(w).max(0) if b >= 4 else (w * w).sum(0) / (w * v).sum(0))
+        out.append(
+            np.abs(w).max(0)
+            if b >= 4
+            else np.minimum((w * w).sum(0) / (w * v).sum(0), 2 * (w * v).sum(0) / (v * v).sum(0))
+        )
     return np.array(out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 
+import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -203,6 +204,45 @@ class TestProductSeconds:
         seconds = pbjax.product_seconds(run_module, model, jnp.ones((1, 32)), repeats=1)
         assert list(seconds) == ["first/kernel", "second/kernel"]
         assert all((times > 0).all() for times in seconds.values())
+
+    def test_weights_that_are_read_otherwise_too(self):
+        """A table that is looked up and multiplied by, as tied embeddings are: each product goes to its own weight."""
+
+        def fn(p, tokens):
+            return jnp.tanh(p["e"][tokens] @ p["w"]) @ p["e"].T
+
+        params = {
+            "e": jax.random.normal(jax.random.key(0), (100, 64)),
+            "w": jax.random.normal(jax.random.key(1), (64, 64)),
+        }
+        tokens = jnp.arange(3)
+        qparams = pbjax.quantize(params, 3, fn=fn, args=(tokens,))
+        seconds = pbjax.product_seconds(pbjax.quantized(fn), qparams, tokens, repeats=1)
+        assert all((times > 0).all() for times in seconds.values())
+
+    def test_convolution_in_groups(self):
+        model = nn.Conv(8, (3, 3), feature_group_count=2)
+        x = jnp.ones((1, 5, 5, 4))
+        qparams = pbjax.quantize(model.init(jax.random.key(0), x), 3, fn=model.apply, args=(x,))
+        (seconds,) = pbjax.product_seconds(pbjax.quantized(model.apply), qparams, x, repeats=1).values()
+        assert (seconds > 0).all()
+
+    def test_activations_are_told_apart(self, monkeypatch):
+        measured = []
+        monkeypatch.setattr(
+            _seconds, "_measure", lambda product, tensor, repeats: measured.append(tensor.activation_bits) or np.ones(4)
+        )
+        w = jax.random.normal(jax.random.key(0), (64, 64))
+        rules = {
+            name: pbjax.Spec(bits=4, activation_bits=a) for name, a in {"a": 16, "b": None, "c": 8, "d": 8}.items()
+        }
+        qparams = pbjax.quantize(dict.fromkeys(rules, w), 4, rules=rules)
+        pbjax.product_seconds(lambda q, x: sum(pbjax.matmul(x, q[name]) for name in rules), qparams, jnp.ones((1, 64)))
+        assert measured == [16, None, 8]
+
+    def test_refuses_two_weights_of_one_path(self):
+        with pytest.raises(ValueError, match=r"paths of BitTensors must differ, but `qparams` has two of a/b"):
+            pbjax.product_seconds(APART, {"a/b": QPARAMS["a"], "a": {"b": QPARAMS["a"]}}, X)
 
     def test_refuses_a_trace(self):
         with pytest.raises(TypeError, match="`qparams` and `batch` must have known values, but got traced ones"):

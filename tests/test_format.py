@@ -185,6 +185,29 @@ def test_error_of_gaussian_weights():
     assert np.all(np.diff(gaussian_errors()) < 0)
 
 
+@pytest.mark.parametrize("case", ["outlier", "long", "sparse", "diagonal"])
+def test_weights_that_few_bitlayers_do_not_fit_are_no_worse_than_none(case):
+    """Below 4 bitlayers: w_b is never farther from w than 0 is, whatever fixed point makes of small weights."""
+    weight = gaussian(2**18 if case == "long" else 4096, 2)
+    if case == "sparse":
+        weight[np.random.default_rng(1).random(weight.shape) < 0.9] = 0
+    elif case == "diagonal":
+        weight = np.eye(64, dtype=np.float32)
+    else:
+        weight[0] = 1000
+    k = weight.shape[0]
+    words, scale = quantize(weight, 4, None, None)
+    for b in (1, 2, 3):
+        error = np.linalg.norm(dequantize(words, scale, b, k, None).astype(np.float64) - weight)
+        assert error <= 1.0001 * np.linalg.norm(weight.astype(np.float64))
+
+
+def test_no_scale_is_infinite():
+    for weight in (np.linspace(-3.3e38, 3.3e38, 64), np.full(64, 2e38), np.r_[3e38, np.full(63, 1e30)]):
+        _, scale = quantize(weight.astype(np.float32)[:, None], 4, None, None)
+        assert np.isfinite(scale).all()
+
+
 def test_clip_bits_trades_8_bitlayers_for_4():
     assert gaussian_errors(4)[3] < 0.9 * gaussian_errors()[3]
     assert gaussian_errors(4)[7] > gaussian_errors()[7]

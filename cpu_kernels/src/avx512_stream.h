@@ -94,8 +94,8 @@ void StreamWord(const WordBlock& block, int64_t word, const LimbRows& row, int32
   }
 }
 
-// Several rows: code bytes of two words stay in registers, and sums and activations come from the cache. Nothing
-// is prefetched, which measured slower: sums and the lines of two words fill the first level.
+// Several rows: code bytes of two words stay in registers, and sums and activations come from the cache. Words are
+// prefetched into the second level: sums and the lines of two words fill the first.
 template <int kLayers, int kLimbs, int kWords>
 void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows, int32_t* scratch) {
   constexpr int kDepth = Depth(kLayers), kRun = kDepth <= 2 ? 8 : 16;  // bytes of an operand, which all lanes share

@@ -200,7 +200,7 @@ Case MakeCase(Random& random) {
   Problem& problem = given.problem;
   problem = {};
   const int64_t kind = between(0, 999);
-  problem.m = pick({1, 1, 1, 2, 3, 5, 7});
+  problem.m = pick({1, 1, 1, 2, 3, 5, 7, 8, 16});
   problem.k = kind == 0 ? pick({40000, 65536 + 33}) : pick({1, 2, 31, 32, 33, 64, 65, 95, 130, 200});
   problem.n = kind == 0 ? between(1, 5) : pick({1, 2, 3, 15, 16, 17, 33, 64, 65});
   if (kind >= 990) problem.m = between(20, 150), problem.k = between(1, 70), problem.n = between(1, 20);

@@ -128,7 +128,7 @@ def check(run: Run) -> None:
         done = gpu_checks.check_bits(BITS_SHARE * run.seconds)
         run.note("bits", done.outcome, done.seconds)
         if done.outcome == gpu_checks.FAILED:
-            raise SystemExit("the kernels do not have the bits of the oracle: nothing was timed")
+            raise SystemExit("the tests of the kernels' bits did not pass or did not run: nothing was timed")
         if done.outcome == gpu_checks.OUT_OF_TIME:
             run.console.print("not all bits are checked; give more --minutes")
     tools = [tool for tool in gpu_checks.TOOLS if tool not in passed]

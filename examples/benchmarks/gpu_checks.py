@@ -43,8 +43,9 @@ class Outcome:
 
 
 def check_bits(seconds: float) -> Outcome:
-    """`pytest -m gpu`: every kernel against the oracle, on inputs that are new in each run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")]
+    """`pytest -m gpu`: every kernel against the oracle, on new inputs in each run; the first fault ends it."""
+    tests = str(ROOT / "tests" / "test_gpu.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "default", "-m", "gpu", tests]
     start = time.monotonic()
     try:
         status = subprocess.run(command, env=_environment(), check=False, timeout=seconds, cwd=ROOT).returncode

@@ -23,10 +23,11 @@ from facts import Facts
 import pbjax
 from pallas_kernels import device_time
 
+WITHOUT = "nothing"
 GRAPHS: dict[str, dict[str, Any]] = {
     "as XLA decides": {},
     "everything": {"xla_gpu_graph_min_graph_size": 1},
-    "nothing": {"xla_gpu_enable_command_buffer": ""},
+    WITHOUT: {"xla_gpu_enable_command_buffer": ""},
 }
 FEATURES, HIDDEN, CLASSES = 64, 4096, 12  # of `examples/digits.py`, whose 10 classes `mosaic` does not take
 BITLAYERS = (4, 8)
@@ -42,8 +43,10 @@ class Row(Facts):
     bitlayers: int | None
     backend: str
     graphs: str  # a key of GRAPHS
-    kernels: int  # 0 where the profiler does not tell those of each call
-    us: float | None  # on the device's clock, from the start of the first kernel to the end of the last, median
+    kernels: int  # 0 where the profiler does not tell those of each call, and with graphs
+    us: (
+        float | None
+    )  # on the device's clock, without graphs, from the start of the first kernel to the end of the last, median
     kernels_us: float | None  # on the device's clock, the kernels alone
     latency_us: float  # on the host's clock, from call to result, median
     queued_us: float  # on the host's clock, from call to call, many queued
@@ -72,10 +75,12 @@ def measure(facts: Facts, *, backend: str, hidden: int = HIDDEN, calls: int = _C
         for graphs, options in GRAPHS.items():
             run = jax.jit(fn, compiler_options=options).lower(weights, x).compile()
             call = functools.partial(run, weights, x)
-            (taken,) = device_time.measure(
-                {0: lambda i, call=call: call()}, {"warm": range(min(calls, _TRACED_CALLS))}
-            ).values()
-            device = taken.device
+            device = None
+            if graphs == WITHOUT:  # while a profiler records, XLA runs launches of a graph one by one
+                (taken,) = device_time.measure(
+                    {0: lambda i, call=call: call()}, {"warm": range(min(calls, _TRACED_CALLS))}
+                ).values()
+                device = taken.device
             yield Row(
                 **dataclasses.asdict(facts),
                 method=name,
@@ -101,5 +106,7 @@ def _latency_us(call: Callable[[], jax.Array], calls: int) -> float:
 
 def _queued_us(call: Callable[[], jax.Array], calls: int) -> float:
     start = time.perf_counter()
-    jax.block_until_ready([call() for _ in range(calls)])
+    for _ in range(calls):
+        last = call()  # results that are kept would move the next ones, and CUDA graphs would be updated in each call
+    jax.block_until_ready(last)
     return (time.perf_counter() - start) * 1e6 / calls

@@ -103,8 +103,10 @@ def rows_of_shape(
         own = times[method, l2]
         others = [taken for (method, at), taken in times.items() if (method.name, at) == (other, l2)]
         pairs = [_of_clock(taken, name, own.device is not None) for taken in others]
-        best, mine = min((us for us in pairs if us), default=None), _of_clock(own, name, own.device is not None)
-        return best / mine if best and mine else None
+        if not pairs or not all(pairs):
+            return None  # what has no time on this clock might be the fastest
+        mine = _of_clock(own, name, own.device is not None)
+        return min(us for us in pairs if us) / mine if mine else None
 
     def row(method: Method, l2: str) -> Row:
         taken, moved = times[method, l2], calls[method].bytes
