@@ -116,7 +116,7 @@ def allocate(
       >>> x = jnp.ones((2, 64))
       >>> qparams = pbjax.quantize(params, bits=8, fn=model, args=(x,))
       >>> pbjax.allocate(pbjax.quantized(model), qparams, x, average=4.5, progress=False).bitlayers
-      {'^a$': 2, '^b$': 7}
+      {'^a$': 1, '^b$': 8}
     """
     _checks.function("fn", fn, _WHERE)
     _sweep.hashable("fn", fn, _WHERE)

@@ -198,7 +198,7 @@ def test_weights_that_few_bitlayers_do_not_fit_are_no_worse_than_none(case):
     k = weight.shape[0]
     words, scale = quantize(weight, 4, None, None)
     for b in (1, 2, 3):
-        error = np.linalg.norm(dequantize(words, scale, b, k, None).astype(np.float64) - weight)
+        error = np.linalg.norm(np.asarray(dequantize(words, scale, b, k, None), np.float64) - weight)
         assert error <= 1.0001 * np.linalg.norm(weight.astype(np.float64))
 
 
