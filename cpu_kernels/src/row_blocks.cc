@@ -102,7 +102,7 @@ std::vector<RowBlock> MakeRowBlocks(const Problem& problem, const Kernels& kerne
     // Sums of several rows are added up after each group, which costs more than streaming saves (1.3 to 2 times the time
     // of kBlocks at 128 inputs).
     const bool uniform = block.columns[0].size() <= 1 && block.columns[1].size() <= 1;
-    const bool may_stream = size == 1 || (uniform && problem.group_size == 0);
+    const bool may_stream = uniform && (size == 1 || problem.group_size == 0);
     block.method = Choose(kernels, problem.limbs(), problem.prefixes, may_stream, size, block.most());
     if (block.method == Method::kLookup) ArrangeForLookup(problem, block);
   }
