@@ -4,8 +4,8 @@ Trains the models of `digits.py`, `language_model.py` and `inference_nli.py`, an
 many bytes it takes and how fast it answers one request: with 1, 2, .., 8 bitlayers in all layers, with numbers that
 `pbjax.allocate` chose, with 8-bit, 16-bit and float activations, beside float32, bfloat16, int8 and int4, and beside
 the number format of the paper (its numbers are computed, its speed is not). What `allocate` finds within the bytes of
-1, 2, .., 6 bitlayers in all layers is compared with all other assignments within them. Takes some twelve minutes on two
-cores.
+1, 2, .., 6 bitlayers in all layers is compared with all other assignments within them. On two cores that took nine
+minutes, and training comes before.
 
     .venv/bin/python examples/paper.py --output paper.png --csv paper.csv --markdown paper.md
 

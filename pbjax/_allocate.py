@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from pallas_kernels.bit_matmul import contract
 from pbjax import _checks, _costs, _sweep
 from pbjax._allocation import Allocation
 from pbjax._costs import Cost
-from pbjax._layers import Layer, layers_of
+from pbjax._layers import Layer, check_paths, layers_of
 from pbjax._search import Search
 from pbjax._sensitivity import METRICS, Metric, Sensitivity
 
@@ -127,7 +126,7 @@ def allocate(
     rounds = _checks.integer("rounds", rounds, 1, None, _WHERE)
     batch_size = _checks.integer("batch_size", batch_size, 1, None, _WHERE)
     layers = layers_of(qparams)
-    _check_paths(layers)
+    check_paths(layers)
     choices = _choices(layers, bitlayers)
     batches = _batches(batch)
     costs = _costs.costs_of(cost, layers, fn, qparams, batches[0])
@@ -194,11 +193,3 @@ def _check_limits(**limits: Any) -> tuple[str, float]:
         )
     ((name, value),) = given.items()
     return name, _checks.number(name, value, _WHERE)
-
-
-def _check_paths(layers: Sequence[Layer]) -> None:
-    """Raises ValueError where a path does not tell BitTensors apart, which the numbers are handed out by."""
-    names = [layer.name for layer in layers]
-    twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise ValueError(f"paths of BitTensors must differ, but `qparams` has two of {twice}. Rename one.")

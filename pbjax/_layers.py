@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,3 +80,11 @@ def layers_of(tree: Any) -> list[StoredLayer]:
             for index in np.ndindex(*tensor.stack_shape)
         ]
     return layers
+
+
+def check_paths(layers: Sequence[Layer]) -> None:
+    """Raises ValueError where a path does not tell BitTensors apart, which the numbers are handed out by."""
+    names = [layer.name for layer in layers]
+    twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"paths of BitTensors must differ, but `qparams` has two of {twice}. Rename one.")

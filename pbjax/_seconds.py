@@ -18,6 +18,7 @@ from jax.extend import core
 
 from pbjax import _bit_tensor, _checks, _paths, _sweep
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
+from pbjax._layers import check_paths, layers_of
 
 _WHERE = "argument of product_seconds"
 _WORDS = 1  # the operand of a product that is packed
@@ -74,12 +75,7 @@ def product_seconds(
             f"`qparams` and `batch` must have known values, but got traced ones ({_WHERE}). Measure outside of "
             "`jax.jit` and other transforms."
         )
-    paths = Counter(name for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf))
-    twice = [name for name, count in paths.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"paths of BitTensors must differ, but `qparams` has two of {twice[0]} ({_WHERE}). Rename one."
-        )
+    check_paths(layers_of(qparams))
     tensors = {name: leaf for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf)}
     calls = _calls(fn, qparams, batch)
     measured: dict[Any, np.ndarray] = {}
