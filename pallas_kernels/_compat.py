@@ -68,3 +68,19 @@ triton_store = pallas_triton.store
 def triton_population_count(word: jax.Array) -> jax.Array:
     """Of the signed type: Pallas-Triton gives the unsigned one to `math.ctpop`, which Triton does not lower."""
     return lax.population_count(word.astype(jnp.int32))
+
+
+def triton_inline_asm(text: str, *words: jax.Array) -> jax.Array:
+    """PTX on each element of arrays of one shape, uint32; `$0` is the result, `$1` and on are the arguments.
+
+    Triton has one type of integers, and JAX gives its inline assembly signed ones only.
+    """
+    signed = [word.astype(jnp.int32) for word in words]
+    (out,) = pallas_triton.elementwise_inline_asm(
+        text,
+        args=signed,
+        constraints=",".join(["=r", *["r"] * len(words)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(signed[0].shape, jnp.int32)],
+    )
+    return out.astype(jnp.uint32)

@@ -105,8 +105,7 @@ def test_rows_decide_the_kernel():
     assert isinstance(FLOAT["rows_past_a_block"].config, triton.DotConfig)
     assert isinstance(FLOAT["dot_of_xla"].config, triton.UnpackConfig)
     groups = dataclasses.replace(FLOAT["dot_of_xla"], k=1024, group_size=512)
-    assert isinstance(groups.config, triton.DotConfig)  # which keeps the sums of groups apart
-    assert isinstance(dataclasses.replace(groups, group_size=480).config, triton.GroupsConfig)  # adds them up
+    assert isinstance(groups.config, triton.DotConfig)  # which scales groups and adds them up
 
 
 @pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
@@ -172,8 +171,8 @@ FLOAT = {
     "one_row": Case(m=1, k=70, n=3, bits=2),
     "two_code_limbs": Case(m=3, k=40, n=5, bits=11),
     "rows_past_a_block": Case(m=70, k=33, n=66, bits=3),
-    "short_last_group": Case(m=3, k=1300, n=4, bits=5, group_size=512, cut={"num_blocks": 1}),
-    "many_blocks": Case(m=2, k=32 * 16 * 3, n=4, bits=4, cut={"num_blocks": 2}),
+    "short_last_group": Case(m=3, k=1300, n=4, bits=5, group_size=512, cut={"num_parts": 3}),
+    "many_blocks": Case(m=2, k=32 * 16 * 3, n=4, bits=4, cut={"num_parts": 5}),
     "groups_of_a_word": Case(m=3, k=32 * 9, n=5, bits=3, group_size=32),
     "groups_of_four_words": Case(m=2, k=256, n=130, bits=11, group_size=128, cut={"num_groups": 2}),
     "groups_of_seven_words": Case(m=70, k=1000, n=4, bits=5, group_size=224, cut={"block_rows": 16}),
@@ -257,7 +256,7 @@ def test_configuration_of_another_kernel():
     with pytest.raises(TypeError, match=r"`config` must be that of a kernel for fixed-point activations, but got"):
         triton.matmul(case.problem, *operands(case), config=config)
     case, many = FLOAT["short_last_group"], triton.config_for(FLOAT["dot_of_xla"].problem)
-    with pytest.raises(ValueError, match=r"`config` must be a DotConfig or GroupsConfig for 3 groups, but got Config"):
+    with pytest.raises(ValueError, match=r"`config` must be a DotConfig for 3 groups, but got Config"):
         triton.matmul(case.problem, *float_operands(case, jnp.float32), config=many)
 
 

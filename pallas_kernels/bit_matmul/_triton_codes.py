@@ -1,11 +1,16 @@
-"""From words to codes of 8 bits, in the registers of a Triton kernel.
+"""From words to what a tensor core takes, in the registers of a Triton kernel: int8 codes, or centres in bfloat16.
 
 The 8 words of 8 bitlayers of one channel are 8 rows of 32 bits; what a tensor core takes are 32 codes of 8 bits. Three
 exchanges of half of the bits between pairs of words (H. S. Warren, Hacker's Delight, "Transposing a Bit Matrix") turn
 one into the other, at 1.5 instructions for each code, however many bitlayers are in use. Word p of the outcome has in
 its bytes the codes of k = p, p + 8, p + 16, p + 24, so activations are laid out in that order (`arrange`).
 
-Codes are at the top of their byte and less 128: c8 - 128 with c8 = c * 2**(8 - w), for the w bitlayers in use.
+As int8, codes are at the top of their byte and less 128: c8 - 128 with c8 = c * 2**(8 - w), for the w bitlayers in use.
+
+As bfloat16, they are the centres of their cells: c8 - 128 + 2**(7 - w), which is sign * (m + 2**(7 - w)) with a
+magnitude m of 7 bits: those below the top bit of the code, inverted where the sign is negative, which is done to whole
+words. Two bytes at a time become pairs of bfloat16: m is or-ed into the significand of 128, and 128 - 2**(7 - w) is
+subtracted again, 4 instructions for both, all of them exact.
 """
 
 from __future__ import annotations
@@ -15,14 +20,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import contract
+from pallas_kernels.bit_matmul import _ptx, contract, epilogue
 
 _BYTES = contract.WORD_BITS // 8
 _POSITIONS = 8  # bit positions of a byte
 _EXCHANGES = ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))  # distance of rows, bits that stay
+# Of each half of a word, as bfloat16: the sign; sign and lowest 7 bits; 1.0; 128.0, whose lowest bit is worth 1.
+_SIGN, _SIGN_AND_MAGNITUDE, _ONE, _MAGIC = 0x80008000, 0x807F807F, 0x3F803F80, 0x43004300
+_BYTE_PAIRS = ((1, 1, 0, 0), (3, 3, 2, 2))  # each byte in both halves of 16 bits
 
 
 def arrange(x: jax.Array) -> jax.Array:
@@ -75,39 +84,79 @@ def load_words(
     ]
 
 
-def signed(bitlayers: list[jax.Array]) -> jax.Array:
+def signed(bitlayers: list[jax.Array], *, interpret: bool) -> jax.Array:
     """uint32[words, channels] of each of up to 8 bitlayers -> int8[32 * words, channels], c8 - 128."""
     num_words, num_channels = bitlayers[0].shape
-    fields = [~bitlayers[0], *bitlayers[1:]]  # the top bit of a byte, inverted, is 128 less
-    fields += [jnp.zeros_like(fields[0])] * (contract.LIMB_BITS - len(fields))
-    for distance, kept in _EXCHANGES:
-        fields = _exchange(fields, distance, kept)
-    # Word 7 - p has position p. Selected, not joined: the position is one of a lane's own, so that nothing is done.
+    fields = _codes([~bitlayers[0], *bitlayers[1:]], interpret)  # the top bit of a byte, inverted, is 128 less
+    # Selected, not joined: the position is one of a lane's own, so that nothing is done.
     position = jnp.arange(_POSITIONS, dtype=jnp.int32)[None, :, None]
     shape = num_words, _POSITIONS, num_channels
-    field = jnp.broadcast_to(fields[_POSITIONS - 1][:, None, :], shape)
+    field = jnp.broadcast_to(fields[0][:, None, :], shape)
     for p in range(1, _POSITIONS):
-        field = jnp.where(jnp.broadcast_to(position == p, shape), fields[_POSITIONS - 1 - p][:, None, :], field)
+        field = jnp.where(jnp.broadcast_to(position == p, shape), fields[p][:, None, :], field)
     shift = 8 * jnp.arange(_BYTES, dtype=jnp.uint32)[None, None, :, None]
     values = (field[:, :, None, :] >> shift).astype(jnp.int32).astype(jnp.int8)
     return values.reshape(num_words * contract.WORD_BITS, num_channels)
 
 
-def _exchange(fields: list[jax.Array], distance: int, kept: int) -> list[jax.Array]:
+def centred(bitlayers: list[jax.Array], used: jax.Array, *, interpret: bool) -> jax.Array:
+    """uint32[words, channels] of each of up to 8 bitlayers -> bf16[channels, 32 * words], c8 - 128 + 2**(7 - used).
+
+    Of one bitlayer, which is used, 1 or -1.
+    """
+    top, *lower = bitlayers
+    if lower:
+        negative = ~top
+        masks = [jnp.where(i < used, jnp.uint32(0xFFFFFFFF), jnp.uint32(0)) for i in range(1, len(bitlayers))]
+        words = [word ^ (negative & mask) for word, mask in zip(lower, masks, strict=True)]
+        fields = _codes([negative, *words], interpret)
+        excess = 128.0 - epilogue.power_of_two(contract.LIMB_BITS - 1 - used)  # exact in bfloat16
+        half = lax.bitcast_convert_type(excess, jnp.uint32) >> 16
+        excess = jnp.broadcast_to(((half << 16) | half) ^ jnp.uint32(_SIGN), top.shape)  # to be subtracted
+    else:
+        fields, excess = [~top << (_POSITIONS - 1 - p) for p in range(_POSITIONS)], None
+
+    def pair(field, selector):
+        field = _ptx.permute_bytes(field, selector, interpret=interpret)
+        if excess is None:
+            return _ptx.and_or(field, _SIGN, _ONE, interpret=interpret)
+        magnitude = _ptx.and_or(field, _SIGN_AND_MAGNITUDE, _MAGIC, interpret=interpret)
+        return _ptx.add_bfloat16_pairs(
+            magnitude, _ptx.and_xor(field, _SIGN, excess, interpret=interpret), interpret=interpret
+        )
+
+    pairs = [pair(field, selector) for field in fields for selector in _BYTE_PAIRS]
+    values = _join([half.T for word in pairs for half in _ptx.unpack_bfloat16(word)])
+    return values.reshape(top.shape[1], contract.WORD_BITS * top.shape[0])
+
+
+def _codes(fields: list[jax.Array], interpret: bool) -> list[jax.Array]:
+    """The codes of up to 8 rows of 32 bits, the most significant first: a word for each position of a byte."""
+    fields = [*fields, *[jnp.zeros_like(fields[0])] * (contract.LIMB_BITS - len(fields))]
+    for distance, kept in _EXCHANGES:
+        fields = _exchange(fields, distance, kept, interpret)
+    return fields[::-1]
+
+
+def _exchange(fields: list[jax.Array], distance: int, kept: int, interpret: bool) -> list[jax.Array]:
     """Rows i and i + distance exchange the bits outside of `kept` of one for those inside of the other."""
     out = list(fields)
-    given = jnp.uint32(kept ^ 0xFFFFFFFF)
+    given = kept ^ 0xFFFFFFFF
     shift = jnp.uint32(distance)
     for i in range(len(fields)):
         if i & distance:
             continue
         upper, lower = fields[i], fields[i + distance]
-        # Bits of the first word where `given`, else of the second: written so that it is one LOP3.
-        moved = lower >> shift
-        out[i] = moved ^ ((upper ^ moved) & given)
-        moved = upper << shift
-        out[i + distance] = lower ^ ((moved ^ lower) & given)
+        out[i] = _ptx.select(given, upper, lower >> shift, interpret=interpret)
+        out[i + distance] = _ptx.select(given, upper << shift, lower, interpret=interpret)
     return out
+
+
+def _join(arrays: list[jax.Array]) -> jax.Array:
+    """2**d arrays as one with d more axes, the last array index the fastest: they stay in the registers of a lane."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return jnp.stack([_join(arrays[::2]), _join(arrays[1::2])], axis=-1)
 
 
 def inside(first: jax.Array, size: int, total: int) -> jax.Array | None:

@@ -1,128 +1,72 @@
-"""Float activations on a GPU: the words in use are unpacked in registers, for a dot on the tensor core.
+"""Float activations on a GPU: words become bfloat16 in registers, for a dot on the tensor core.
 
-The order of k inside a block is free. So a dot does not take 32 neighbours out of each word, which would have to be
-spread over lanes, but one bit position of `block_words` words: x is arranged to match, once. What a bit position
-needs of all bitlayers is gathered four positions at a time, in the bytes of one word.
+The centres of cells of up to 8 bitlayers are exact in bfloat16 (`_triton_codes.centred`), and so are the parts of
+activations: three for float32, two for float16, one for bfloat16 (`split`), each multiplied on the bfloat16 tensor
+core. Only the sums round, in float32. So bfloat16 activations take one dot for each limb of bitlayers, and float32
+activations keep the accuracy of float32, in three.
 
-The centres of cells of up to 8 bitlayers are exact in bfloat16, and so are the parts of activations: three for
-float32, two for float16, one for bfloat16 (`split`), each multiplied on the bfloat16 tensor core. Only the sums round,
-in float32. So bfloat16 activations take one dot for each limb of bitlayers, and float32 activations keep the accuracy
-of float32, in three.
+A program takes some groups, or a part of one. The sums of each are scaled in the program, and added up. Were they
+written instead, for XLA to scale, groups of 32 would take 4 bytes for each row and 32 weights of a channel, which is as
+much as 8 bitlayers for 8 rows. Weights are the left operand, so that channels, not rows, fill the 64 of a warpgroup.
+
+Its sweep has programs for each number of bitlayers, that read its words: the scales of fewer than 4 bitlayers differ,
+so sums of single bitlayers would be needed with each of them. Where groups are long that is `_triton_dot_sweep`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import contract, epilogue
+from pallas_kernels.bit_matmul import _triton_codes, contract
 
-_BYTES = contract.WORD_BITS // 8
-_LOW_BIT_OF_BYTES = 0x01010101
 _PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}  # of at most 8 significant bits each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a product is cut into programs. Sizes but `num_blocks` are powers of two, 16 or more."""
+    """How a product is cut into programs. Sizes of blocks are powers of two."""
 
     block_n: int
-    block_rows: int
-    block_words: int  # the contraction of one dot
-    num_blocks: int  # blocks of words of a program
+    block_rows: int  # at least 16
+    block_words: int  # of one group, that are unpacked together: 32 times as many terms of one dot
+    num_groups: int  # of a program, one after the other
+    num_parts: int  # programs that share a group; 1 where a program has several
     num_warps: int
-    num_stages: int = 1
+    num_stages: int = 1  # the loop loads into registers, which Triton does not pipeline
 
 
-_MIN_DOT = 16  # the smallest side of a dot in Triton
-_MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
+_BLOCK_N = 128  # with 4 warps and 4 words, a lane loads 4 channels: 16 bytes
+_BLOCK_WORDS = 4
+_MIN_ROWS = 16
+_MAX_ROWS = 64
+_MAX_ROWS_OF_GROUPS = 32  # whose sums are beside those of all
+MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
 def config_for(problem: contract.Problem) -> Config:
-    """The configuration for a shape."""
-    block_n = 64
-    block_rows = min(64, max(_MIN_DOT, pl.next_power_of_2(problem.m)))
-    blocks_of_group = pl.cdiv(_group_words(problem), _MIN_DOT)
-    programs = pl.cdiv(problem.n, block_n) * pl.cdiv(problem.m, block_rows) * problem.groups
+    """The configuration for a shape: enough programs to fill a GPU."""
+    largest = _MAX_ROWS if problem.groups == 1 else _MAX_ROWS_OF_GROUPS
+    block_rows = min(largest, max(_MIN_ROWS, pl.next_power_of_2(problem.m)))
+    block_words = min(_BLOCK_WORDS, pl.next_power_of_2(problem.words_per_group))
+    programs = pl.cdiv(problem.n, _BLOCK_N) * pl.cdiv(problem.m, block_rows)
+    wanted = pl.cdiv(MIN_PROGRAMS, programs)
+    blocks = pl.cdiv(problem.words_per_group, block_words)
+    num_parts = min(pl.cdiv(wanted, problem.groups), blocks)
     return Config(
-        block_n=block_n,
+        block_n=_BLOCK_N,
         block_rows=block_rows,
-        block_words=_MIN_DOT,
-        num_blocks=pl.cdiv(blocks_of_group, pl.cdiv(_MIN_PROGRAMS, programs)),
+        block_words=block_words,
+        num_groups=max(1, pl.cdiv(problem.groups, wanted)),
+        num_parts=pl.cdiv(blocks, pl.cdiv(blocks, num_parts)),  # none is empty
         num_warps=4,
     )
-
-
-def _group_words(problem: contract.Problem) -> int:
-    return problem.num_words if problem.group_size is None else problem.group_size // contract.WORD_BITS
-
-
-def group_sums(
-    problem: contract.Problem,
-    x: jax.Array,
-    words: jax.Array,
-    bitlayers: jax.Array,
-    *,
-    sweep: bool,
-    config: Config,
-    interpret: bool,
-) -> jax.Array:
-    """x_g . v_b for each group g.
-
-    In a sweep a program takes one bitlayer, and each word is read for that one alone; XLA adds them up.
-
-    Args:
-      problem: the product.
-      x: f32, bf16 or f16[m, 32 * num_words], 0 past k.
-      words: uint32[bits, num_words, n].
-      bitlayers: int32[m].
-      sweep: at every number of bitlayers up to max(bitlayers); past it, anything.
-      config: how to cut it.
-      interpret: run on the CPU, as JAX operations.
-
-    Returns:
-      f32[groups, m, n], with `sweep` f32[bits, groups, m, n].
-    """
-    num_sums = problem.bits if sweep else 1
-    part_words = config.block_words * config.num_blocks
-    num_parts = pl.cdiv(_group_words(problem), part_words)  # of a group
-    groups = range(0, problem.num_words, _group_words(problem))
-    first_words = np.array([first + part * part_words for first in groups for part in range(num_parts)], np.int32)
-    padding = -problem.m % config.block_rows
-    x = jnp.pad(_arrange(problem, x, first_words, num_parts, config), ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
-    parts = _compat.triton_call(
-        functools.partial(_kernel, problem=problem, config=config, num_parts=len(first_words), sweep=sweep),
-        name="bit_matmul_dot",
-        grid=(pl.cdiv(problem.n, config.block_n), num_sums * len(first_words), x.shape[3] // config.block_rows),
-        out_shape=jax.ShapeDtypeStruct((num_sums * len(first_words), x.shape[3], problem.n), jnp.float32),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        interpret=interpret,
-    )(jnp.asarray(first_words), x, jnp.pad(bitlayers, (0, padding), mode="edge"), words)
-    parts = parts[:, : problem.m].reshape(num_sums, problem.groups, num_parts, problem.m, problem.n).sum(axis=2)
-    return jnp.stack(list(itertools.accumulate(parts))) if sweep else parts[0]
-
-
-def _arrange(
-    problem: contract.Problem, x: jax.Array, first_words: np.ndarray, num_parts: int, config: Config
-) -> jax.Array:
-    """[m, 32 * num_words] -> bf16[parts of x, blocks, 32 bit positions, m, block_words], zero outside of the group."""
-    index = first_words[:, None] + np.arange(config.block_words * config.num_blocks)
-    stop = np.minimum((np.arange(problem.groups) + 1) * _group_words(problem), problem.num_words)
-    inside = (index < np.repeat(stop, num_parts)[:, None]).reshape(-1, 1)
-    x = x.reshape(problem.m, problem.num_words, contract.WORD_BITS)
-    x = x[:, np.minimum(index, problem.num_words - 1).reshape(-1)]
-    x = jnp.where(inside[None], x, jnp.zeros((), x.dtype))
-    x = jnp.transpose(x.reshape(problem.m, -1, config.block_words, contract.WORD_BITS), (1, 3, 0, 2))
-    return split(x)
 
 
 def split(x: jax.Array) -> jax.Array:
@@ -136,89 +80,169 @@ def split(x: jax.Array) -> jax.Array:
     return jnp.stack(parts)
 
 
+def matmul(
+    problem: contract.Problem,
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    config: Config,
+    interpret: bool,
+    onto: jax.Array | None = None,
+) -> jax.Array:
+    """The product of the contract, f32[m, n]; where `bitlayers` is a limit, int32[], all prefixes, f32[bits, m, n].
+
+    x: f32, bf16 or f16[m, 32 * num_words], 0 past k. Rows of no bitlayers are those of `onto`, f32[m, n].
+    """
+    sweep = bitlayers.ndim == 0
+    num_counts = problem.bits if sweep else 1
+    num_parts = pl.cdiv(problem.groups, config.num_groups) * config.num_parts
+    assert onto is None or num_parts == 1, "parts are added to each other"
+    out = _compat.triton_call(
+        functools.partial(_kernel, problem=problem, config=config, sweep=sweep, interpret=interpret),
+        name="bit_matmul_dot",
+        grid=(
+            pl.cdiv(problem.n, config.block_n),
+            pl.cdiv(problem.m, config.block_rows),
+            num_counts * num_parts,
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_counts, num_parts, problem.m, problem.n), jnp.float32),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+        input_output_aliases={} if onto is None else {0: 0},
+    )(
+        None if onto is None else onto[None, None],
+        _triton_codes.arrange(split(x)),
+        jnp.atleast_1d(bitlayers),
+        words,
+        scale,
+    )
+    y = out.sum(axis=1)
+    return y if sweep else y[0]
+
+
 def _kernel(
-    first_words, x, counts, words, out, *, problem: contract.Problem, config: Config, num_parts: int, sweep: bool
+    onto, x, counts, words, scale, out, *, problem: contract.Problem, config: Config, sweep: bool, interpret: bool
 ):
-    """One block of channels, one part of the words, one block of rows; of a sweep, one bitlayer.
+    """One block of channels, one block of rows, and one part of the words; of a sweep, one number of bitlayers.
 
     Args:
-      first_words: [parts] int32, where each part begins
-      x: [parts of x, blocks, 32, rows, block_words] bf16
-      counts: [rows] int32
+      onto: what `out` holds before, or None
+      x: [parts of x, m, 32 * num_words] bf16
+      counts: [m] int32, of a sweep [1], the limit
       words: [bits, num_words, n] uint32
-      out: [parts, rows, n] f32, with `sweep` [bits * parts, rows, n]
+      scale: [min(bits, 4), groups, n] f32
+      out: [1, parts, m, n] f32, of a sweep [bits, parts, m, n]
       problem: the product.
       config: how it is cut.
-      num_parts: of the words.
-      sweep: the sums of each bitlayer.
+      sweep: all prefixes.
+      interpret: not for Triton.
     """
-    index = pl.program_id(1)
-    part = index % num_parts if sweep else index
-    rows = pl.ds(pl.program_id(2) * config.block_rows, config.block_rows)
-    first_channel = pl.program_id(0) * config.block_n
-    channels = pl.ds(first_channel, config.block_n)
-    channel = first_channel + jnp.arange(config.block_n, dtype=jnp.int32)
-    row_counts = counts[rows]
+    del onto
+    first_channel, first_row = pl.program_id(0) * config.block_n, pl.program_id(1) * config.block_rows
+    num_parts = out.shape[1]
+    part, index = pl.program_id(2) % num_parts, pl.program_id(2) // num_parts
+    rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
+    row_inside = _triton_codes.inside(first_row, config.block_rows, problem.m)
+    inside = _triton_codes.inside(first_channel, config.block_n, problem.n)
+    num_blocks = pl.cdiv(pl.cdiv(problem.words_per_group, config.block_words), config.num_parts)
+    part_words = num_blocks * config.block_words
+    first_group = part // config.num_parts * config.num_groups
+    stop_group = jnp.minimum(first_group + config.num_groups, problem.groups)
+    always_full = is_even(problem, config) and problem.words_per_group == config.num_parts * part_words
+    load_block = functools.partial(blocks_of, x, problem, config, rows, row_inside)
 
-    def load_words(layer, block):  # [block_words, block_n] uint32
-        first = first_words[part] + block * config.block_words
-        inside = (first + jnp.arange(config.block_words, dtype=jnp.int32) < problem.num_words)[:, None]
-        inside = inside & (channel < problem.n)[None]
-        ref = words.at[layer, pl.ds(first, config.block_words), channels]
-        return _compat.triton_load(ref, mask=inside, other=jnp.uint32(0))
+    def group_sum(group, first, last, used):
+        """(c - (2**w - 1) / 2) * 2**(8 - w) . x_g, of the codes c of the w = `used` bitlayers of one limb."""
+        group_stop = jnp.minimum((group + 1) * problem.words_per_group, problem.num_words)
+        first_word = group * problem.words_per_group + part % config.num_parts * part_words
+        stop = jnp.minimum(first_word + part_words, group_stop)
 
-    def gather(first, stop, block, p):
-        """In four bytes, the codes of bitlayers first..stop at bit positions p, p + 8, p + 16, p + 24."""
+        def add_block(i, total):
+            start = first_word + i * config.block_words
+            bitlayers = _triton_codes.load_words(
+                words,
+                start,
+                stop,
+                first,
+                last - first,
+                used,
+                channels=channels,
+                inside=inside,
+                num_words=config.block_words,
+                is_even=is_even(problem, config),
+            )
+            return add_dots(total, _triton_codes.centred(bitlayers, used, interpret=interpret), load_block(start, stop))
 
-        def add_bitlayer(layer, field):
-            bits = (load_words(layer, block) >> p.astype(jnp.uint32)) & jnp.uint32(_LOW_BIT_OF_BYTES)
-            return (field << jnp.uint32(1)) | bits
+        if always_full and num_blocks == 1:
+            return add_block(0, None)
+        count = num_blocks if always_full else pl.cdiv(jnp.maximum(stop - first_word, 0), config.block_words)
+        return lax.fori_loop(0, count, add_block, jnp.zeros((config.block_n, config.block_rows), jnp.float32))
 
-        zero = jnp.zeros((config.block_words, config.block_n), jnp.uint32)
-        return lax.fori_loop(first, stop, add_bitlayer, zero)
+    def product(count):
+        """The rows at one number of bitlayers, [block_n, block_rows]."""
+        scale_row = jnp.clip(count, 1, scale.shape[0]) - 1
+        total = jnp.zeros((config.block_n, config.block_rows), jnp.float32)
+        for first, last in problem.code_limbs:
+            used = jnp.clip(count - first, 0, last - first)
 
-    def add_limb(total, first, stop, block):
-        """total + x . (2 * c - (2**w - 1)) * 2**-stop for the w = stop - first bitlayers."""
-        lowest = ((jnp.int32(1) << (stop - first)) - 1).astype(jnp.float32)
-        unit = epilogue.power_of_two(-stop)
+            def add_group(group, total, first=first, last=last, used=used):
+                factor = _triton_codes.load(scale.at[scale_row, group, channels], inside, 0)
+                unit = 2.0 ** -(contract.LIMB_BITS - 1 + first)
+                return total + group_sum(group, first, last, used) * (factor * unit)[:, None]
 
-        def add_positions(p, total):
-            field = gather(first, stop, block, p)
-            for byte in range(_BYTES):
-                code = ((field >> jnp.uint32(8 * byte)) & jnp.uint32(0xFF)).astype(jnp.int32).astype(jnp.float32)
-                value = ((2.0 * code - lowest) * unit).astype(jnp.bfloat16)
-                for x_part in reversed(range(x.shape[0])):  # the smallest first
-                    x_block = x[jnp.int32(x_part), part * config.num_blocks + block, p + 8 * byte, rows]
-                    total = total + jnp.dot(x_block, value, preferred_element_type=jnp.float32)
-            return total
+            total = lax.fori_loop(first_group, jnp.where(used > 0, stop_group, first_group), add_group, total)
+        return total
 
-        # A loop, and the words loaded again at each turn, from the cache: unrolled, its registers spill.
-        return lax.fori_loop(jnp.int32(0), jnp.minimum(8 * (stop - first), 8), add_positions, total)
+    def store(value, of_rows):
+        masks = [] if of_rows is None else [of_rows[:, None]]
+        masks += [] if inside is None else [inside[None, :]]
+        mask = _triton_codes.all_of((config.block_rows, config.block_n), masks)
+        _compat.triton_store(out.at[index, part, rows, channels], value.T, mask=mask)
 
-    def multiply(count):
-        """The product of all rows at one number of bitlayers. [block_rows, block_n] f32."""
-
-        def add_block(block, total):
-            for first, last in problem.code_limbs:
-                total = add_limb(total, jnp.int32(first), jnp.clip(count, first, last), block)
-            return total
-
-        return lax.fori_loop(
-            0, config.num_blocks, add_block, jnp.zeros((config.block_rows, config.block_n), jnp.float32)
-        )
-
-    def add_count(state):
-        """The rows of one number of bitlayers; mostly all of them."""
-        count, total = state
-        total = jnp.where((row_counts == count)[:, None], multiply(count), total)
-        return jnp.min(jnp.where(row_counts > count, row_counts, contract.MAX_BITS + 1)), total
-
-    zero = jnp.zeros((config.block_rows, config.block_n), jnp.float32)
     if sweep:
-        bitlayer = index // num_parts
-        num_blocks = jnp.where(bitlayer < jnp.max(row_counts), jnp.int32(config.num_blocks), jnp.int32(0))
-        total = lax.fori_loop(0, num_blocks, lambda block, total: add_limb(total, bitlayer, bitlayer + 1, block), zero)
-    else:
-        _, total = lax.while_loop(lambda state: state[0] <= contract.MAX_BITS, add_count, (jnp.min(row_counts), zero))
-    inside = jnp.broadcast_to((channel < problem.n)[None], total.shape)
-    _compat.triton_store(out.at[index, rows, channels], total, mask=inside)
+
+        @pl.when(index < counts[0])
+        def _():
+            store(product(index + 1), row_inside)
+
+        return
+
+    def next_count(count):  # 0, as rows past m count, is what no pass is for
+        found = _triton_codes.load(counts.at[rows], row_inside, 0)
+        return jnp.min(jnp.where(found > count, found, contract.MAX_BITS + 1))
+
+    def add_count(count):
+        """Stores the rows of one number of bitlayers, mostly all of them; returns the next number."""
+        store(product(count), _triton_codes.load(counts.at[rows], row_inside, 0) == count)
+        return next_count(count)
+
+    lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
+
+
+def blocks_of(x, problem: contract.Problem, config: Config, rows, row_inside, start, stop) -> list[jax.Array]:
+    """bf16[block_rows, 32 * block_words] of each part of the activations, zero from word `stop` on."""
+    k = config.block_words * contract.WORD_BITS
+    masks = [] if row_inside is None else [row_inside[:, None]]
+    if not is_even(problem, config):
+        masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
+    mask = _triton_codes.all_of((config.block_rows, k), masks)
+    columns = pl.ds(start * contract.WORD_BITS, k)
+    return [_triton_codes.load(x.at[jnp.int32(part), rows, columns], mask, 0) for part in range(x.shape[0])]
+
+
+def add_dots(total: jax.Array | None, values: jax.Array, blocks: list[jax.Array]) -> jax.Array:
+    """total + the products of bf16[channels, k] by each bf16[rows, k], the last and smallest first."""
+    for block in reversed(blocks):
+        product = jnp.dot(values, block.T, preferred_element_type=jnp.float32)
+        total = product if total is None else total + product
+    assert total is not None
+    return total
+
+
+def is_even(problem: contract.Problem, config: Config) -> bool:
+    """Every group consists of whole blocks of words."""
+    group_words = problem.words_per_group
+    return group_words % config.block_words == 0 and problem.num_words % group_words == 0

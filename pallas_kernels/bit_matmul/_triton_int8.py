@@ -180,7 +180,7 @@ def _launch(
         num = problem.bits if sweep else 1
         out_shape = jax.ShapeDtypeStruct((problem.bits,) * sweep + (problem.m, problem.n), jnp.float32)
     return _compat.triton_call(
-        functools.partial(_kernel, problem=problem, config=config, sweep=sweep),
+        functools.partial(_kernel, problem=problem, config=config, sweep=sweep, interpret=interpret),
         name="bit_matmul_int8",
         grid=(
             pl.cdiv(problem.n, config.block_n),
@@ -221,6 +221,7 @@ def _kernel(
     problem: contract.Problem,
     config: Config,
     sweep: bool,
+    interpret: bool,
 ):
     """One block of channels, one block of rows, and all words or one part of them; of a sweep, one number of bitlayers.
 
@@ -236,6 +237,7 @@ def _kernel(
       problem: the product.
       config: how it is cut.
       sweep: all prefixes.
+      interpret: not for Triton.
     """
     # Read here: inside of a loop interpret mode does not know them.
     first_channel, first_row, part = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
@@ -266,7 +268,7 @@ def _kernel(
             if any(group):
                 for j, word in enumerate(bitlayers):
                     ones = ones + (_compat.triton_population_count(word) << (contract.LIMB_BITS - 1 - j))
-            values = _triton_codes.signed(bitlayers)
+            values = _triton_codes.signed(bitlayers, interpret=interpret)
             sums = tuple(
                 total + jnp.dot(load_rows(a, block, stop), values, preferred_element_type=jnp.int32)
                 for a, total in zip(group, sums, strict=True)

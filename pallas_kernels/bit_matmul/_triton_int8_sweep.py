@@ -55,7 +55,7 @@ def prefixes(
     parts = _parts(problem, config)
     spans = _int8_operands.split_spans(_int8_operands.segment_spans(problem), config.block_words, parts)
     sums = _compat.triton_call(
-        functools.partial(_kernel, problem=problem, config=config, num_spans=len(spans)),
+        functools.partial(_kernel, problem=problem, config=config, num_spans=len(spans), interpret=interpret),
         name="bit_matmul_int8_sweep",
         grid=(
             pl.cdiv(problem.n, config.block_n),
@@ -85,7 +85,7 @@ def _parts(problem: contract.Problem, config: Config) -> int:
     return min(pl.cdiv(_triton_int8.MIN_PROGRAMS, programs), pl.cdiv(segment_words, config.block_words))
 
 
-def _kernel(spans, x, limit, words, out, *, problem: contract.Problem, config: Config, num_spans: int):
+def _kernel(spans, x, limit, words, out, *, problem: contract.Problem, config: Config, num_spans: int, interpret: bool):
     """One block of channels, one block of rows, and one bitlayer of one part of the words.
 
     Args:
@@ -97,6 +97,7 @@ def _kernel(spans, x, limit, words, out, *, problem: contract.Problem, config: C
       problem: the product.
       config: how it is cut.
       num_spans: parts of all segments.
+      interpret: not for Triton.
     """
     first_channel, first_row, _ = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
     rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
@@ -130,7 +131,7 @@ def _kernel(spans, x, limit, words, out, *, problem: contract.Problem, config: C
             )
             if any(group):
                 ones = ones + _compat.triton_population_count(word)
-            values = _triton_codes.signed([word])  # 0, or -128 where the bit is 0
+            values = _triton_codes.signed([word], interpret=interpret)  # 0, or -128 where the bit is 0
             sums = tuple(
                 total
                 + jnp.dot(

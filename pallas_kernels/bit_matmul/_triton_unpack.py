@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_codes, _triton_dot, _triton_groups, contract, epilogue
+from pallas_kernels.bit_matmul import _triton_codes, _triton_dot, contract, epilogue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def matmul(
 ) -> jax.Array:
     """The product of the contract, of one group. x: f32, bf16 or f16[m, 32 * num_words], 0 past k.
 
-    All rows are multiplied at the largest number of bitlayers. Those of smaller ones `_triton_groups` does again, in
+    All rows are multiplied at the largest number of bitlayers. Those of smaller ones `_triton_dot` does again, in
     programs that end at once where there are none: XLA would wait for the host to learn which numbers there are.
     """
     parts = _triton_codes.arrange(_triton_dot.split(x))
@@ -59,13 +59,13 @@ def matmul(
         sums = jnp.dot(rows, values, preferred_element_type=jnp.float32)
         for part in sums.reshape(-1, problem.m, problem.n)[::-1]:
             total = total + part
-    return _triton_groups.matmul(
+    return _triton_dot.matmul(
         problem,
         x,
         words,
         scale,
         jnp.where(bitlayers == largest, 0, bitlayers),
-        config=_triton_groups.config_for(problem),
+        config=dataclasses.replace(_triton_dot.config_for(problem), num_parts=1),
         interpret=interpret,
         onto=total * epilogue.scale_rows(scale[:, 0], bitlayers),
     )
@@ -76,7 +76,7 @@ def _values(
 ) -> jax.Array:
     """bf16[code limbs, 32 * num_words, n], k within each word in the order of `_triton_codes`; their sum is v."""
     return _compat.triton_call(
-        functools.partial(_kernel, problem=problem, config=config),
+        functools.partial(_kernel, problem=problem, config=config, interpret=interpret),
         name="bit_matmul_unpack",
         grid=(pl.cdiv(problem.n, config.block_n), pl.cdiv(problem.num_words, config.block_words)),
         out_shape=jax.ShapeDtypeStruct(
@@ -88,7 +88,7 @@ def _values(
     )(count[None], words)
 
 
-def _kernel(count, words, out, *, problem: contract.Problem, config: Config):
+def _kernel(count, words, out, *, problem: contract.Problem, config: Config, interpret: bool):
     """One block of channels and words.
 
     Args:
@@ -97,6 +97,7 @@ def _kernel(count, words, out, *, problem: contract.Problem, config: Config):
       out: [code limbs, 32 * num_words, n] bf16
       problem: the product.
       config: how it is cut.
+      interpret: not for Triton.
     """
     first_channel, start = pl.program_id(0) * config.block_n, pl.program_id(1) * config.block_words
     channels = pl.ds(first_channel, config.block_n)
@@ -119,7 +120,7 @@ def _kernel(count, words, out, *, problem: contract.Problem, config: Config):
             num_words=config.block_words,
             is_even=k_inside is None,
         )
-        codes = _triton_codes.signed(bitlayers).astype(jnp.float32)
+        codes = _triton_codes.signed(bitlayers, interpret=interpret).astype(jnp.float32)
         # (2 * c - (2**w - 1)) * 2**-stop, which is 0 for a limb that is not used.
         values = codes * 2.0 ** -(contract.LIMB_BITS - 1 + first) + epilogue.power_of_two(-stop)
         ref = out.at[jnp.int32(limb), pl.ds(start * contract.WORD_BITS, k_block), channels]

@@ -2,10 +2,9 @@
 
 Few rows of fixed point go to `_triton_serial`, which works on the words themselves, many to `_triton_int8`, which
 unpacks words for the int8 tensor core; both sum the same integers, so which one runs never shows. Float activations go
-to `_triton_dot`, which unpacks words for the bfloat16 tensor core, with short groups to `_triton_groups`, or, for very
-many rows, to `_triton_unpack`, which unpacks them once for a dot of XLA's. Sweeps of many rows go to
-`_triton_int8_sweep`, `_triton_dot` and `_triton_groups`. `matmul` and `prefixes` are those of the contract; `interpret`
-runs their kernels on the CPU, as JAX operations.
+to `_triton_dot`, which unpacks words for the bfloat16 tensor core, or, for very many rows, to `_triton_unpack`, which
+unpacks them once for a dot of XLA's. Sweeps of many rows go to `_triton_int8_sweep` and `_triton_dot_sweep`. `matmul`
+and `prefixes` are those of the contract; `interpret` runs their kernels on the CPU, as JAX operations.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.bit_matmul import (
     _triton_dot,
-    _triton_groups,
+    _triton_dot_sweep,
     _triton_int8,
     _triton_int8_sweep,
     _triton_serial,
     _triton_unpack,
     activations,
     contract,
-    epilogue,
     limbs,
     tuned,
 )
@@ -35,17 +33,15 @@ from pallas_kernels.bit_matmul import (
 SerialConfig = _triton_serial.Config
 Int8Config = _triton_int8.Config
 DotConfig = _triton_dot.Config
-GroupsConfig = _triton_groups.Config
 UnpackConfig = _triton_unpack.Config
-Config = SerialConfig | Int8Config | DotConfig | GroupsConfig | UnpackConfig
+Config = SerialConfig | Int8Config | DotConfig | UnpackConfig
 CONFIGS = {
     "serial": SerialConfig,
     "int8": Int8Config,
     "dot": DotConfig,
-    "groups": GroupsConfig,
     "unpack": UnpackConfig,
 }
-_FLOAT_CONFIGS = (DotConfig, GroupsConfig, UnpackConfig)
+_FLOAT_CONFIGS = (DotConfig, UnpackConfig)
 
 _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
 _MAX_CODES = 2**31  # Pallas counts in 64 bits where an array has more than 2**32 bytes, in signed 32 bits else
@@ -58,7 +54,6 @@ _MAX_SERIAL_WORK = 256  # beyond which it is not worth timing
 # Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate, not measured.
 # `_triton_dot` unpacks again for every 64 rows.
 _XLA_DOT_ROWS = 256
-_MIN_DOT_WORDS = 16  # of a group, for one dot of `_triton_dot`; shorter ones would leave most of it empty
 
 
 def unsupported(problem: contract.Problem) -> str | None:
@@ -82,8 +77,6 @@ def unsupported(problem: contract.Problem) -> str | None:
 def config_for(problem: contract.Problem) -> Config:
     """How a problem is cut into programs, by its shape alone; the type says which kernel runs it."""
     if problem.activation_bits is None:
-        if problem.groups > 1 and problem.words_per_group < _MIN_DOT_WORDS:
-            return _triton_groups.config_for(problem)
         many = problem.m >= _XLA_DOT_ROWS and problem.groups == 1
         return (_triton_unpack if many else _triton_dot).config_for(problem)
     few = problem.m * problem.activation_bits <= _SERIAL_WORK
@@ -97,8 +90,6 @@ def candidates(problem: contract.Problem) -> list[Config]:
         found += _variants(_triton_dot.config_for(problem), num_warps=(4, 8), block_n=(64, 128))
         if problem.groups == 1:
             found += _variants(_triton_unpack.config_for(problem), num_warps=(4, 8))
-        else:
-            found += _variants(_triton_groups.config_for(problem), num_warps=(4, 8), block_n=(64, 128))
     else:
         serial = _triton_serial.config_for(problem)
         if problem.m * problem.activation_bits <= _MAX_SERIAL_WORK:
@@ -169,10 +160,7 @@ def _matmul(
         )
     if isinstance(config, UnpackConfig):
         return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
-    if isinstance(config, GroupsConfig):
-        return _triton_groups.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
-    sums = _triton_dot.group_sums(problem, x, words, bitlayers, sweep=False, config=config, interpret=interpret)
-    return jnp.sum(sums * jax.vmap(epilogue.scale_rows, in_axes=(1, None))(scale, bitlayers), axis=0)
+    return _triton_dot.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
 
 
 def prefixes(
@@ -197,16 +185,12 @@ def prefixes(
     if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
         return _triton_serial.matmul(problem, x, words, scale, limits, sweep=True, config=config, interpret=interpret)
-    if isinstance(config, GroupsConfig):
-        return _triton_groups.matmul(problem, x, words, scale, limit, config=config, interpret=interpret)
     if isinstance(config, _FLOAT_CONFIGS):
         if isinstance(config, UnpackConfig):  # would write, and read again, 16 bits for each bit
             config = _triton_dot.config_for(problem)
-        limits = jnp.full((problem.m,), limit, jnp.int32)
-        sums = _triton_dot.group_sums(problem, x, words, limits, sweep=True, config=config, interpret=interpret)
-        counts = jnp.arange(1, problem.bits + 1, dtype=jnp.int32)
-        scales = jax.vmap(epilogue.scale_rows, in_axes=(1, None), out_axes=1)(scale, counts)  # [bits, groups, n]
-        return jnp.sum(sums * scales[:, :, None], axis=1)
+        long = problem.groups == 1 or problem.words_per_group >= _triton_dot_sweep.MIN_WORDS
+        run = _triton_dot_sweep.prefixes if long else _triton_dot.matmul
+        return run(problem, x, words, scale, limit, config=config, interpret=interpret)
     one_pass = problem.groups == 1 and _triton_int8_sweep.num_sums(problem, config) <= _MAX_SUMS
     run = (_triton_int8_sweep if one_pass else _triton_int8).prefixes
     return run(problem, x, words, scale, limit, config=config, interpret=interpret)
@@ -222,8 +206,7 @@ def _check(problem: contract.Problem, config: Config | None, x: Any) -> Config:
         )
     if isinstance(config, UnpackConfig) and problem.groups > 1:
         raise ValueError(
-            f"`config` must be a DotConfig or GroupsConfig for {problem.groups} groups, but got {config}. `config_for` "
-            "returns one."
+            f"`config` must be a DotConfig for {problem.groups} groups, but got {config}. `config_for` returns one."
         )
     return config
 
