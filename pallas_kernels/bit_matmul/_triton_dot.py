@@ -5,9 +5,10 @@ activations: three for float32, two for float16, one for bfloat16 (`split`), eac
 core. Only the sums round, in float32. So bfloat16 activations take one dot for each limb of bitlayers, and float32
 activations keep the accuracy of float32, in three.
 
-A program takes some groups, or a part of one. The sums of each are scaled in the program, and added up. Were they
-written instead, for XLA to scale, groups of 32 would take 4 bytes for each row and 32 weights of a channel, which is as
-much as 8 bitlayers for 8 rows. Weights are the left operand, so that channels, not rows, fill the 64 of a warpgroup.
+A program takes some blocks of words, each of one group, and scales what comes out before it adds it up. Were the sums
+of groups written instead, for XLA to scale, groups of 32 would take 4 bytes for each row and 32 weights of a channel,
+which is as much as 8 bitlayers for 8 rows. Weights are the left operand, so that channels, not rows, fill the 64 of a
+warpgroup. While a block is multiplied, the next one is loaded and unpacked.
 
 Its sweep has programs for each number of bitlayers, that read its words: the scales of fewer than 4 bitlayers differ,
 so sums of single bitlayers would be needed with each of them. Where groups are long that is `_triton_dot_sweep`.
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,41 +34,41 @@ _PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}  # of at most 8 significant
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a product is cut into programs. Sizes of blocks are powers of two."""
+    """How a product is cut into programs. Sizes but `num_blocks` are powers of two."""
 
     block_n: int
     block_rows: int  # at least 16
     block_words: int  # of one group, that are unpacked together: 32 times as many terms of one dot
-    num_groups: int  # of a program, one after the other
-    num_parts: int  # programs that share a group; 1 where a program has several
+    num_blocks: int  # blocks of words of a program
     num_warps: int
     num_stages: int = 1  # the loop loads into registers, which Triton does not pipeline
 
 
-_BLOCK_N = 128  # with 4 warps and 4 words, a lane loads 4 channels: 16 bytes
-_BLOCK_WORDS = 4
 _MIN_ROWS = 16
-_MAX_ROWS = 64
-_MAX_ROWS_OF_GROUPS = 32  # whose sums are beside those of all
+# With more, registers spill on an A100, but with one part of activations, up to 8 bitlayers, and no sums of groups.
+_MAX_ROWS, _MAX_ROWS_OF_ONE_SUM = 32, 64
 MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
-def config_for(problem: contract.Problem) -> Config:
-    """The configuration for a shape: enough programs to fill a GPU."""
-    largest = _MAX_ROWS if problem.groups == 1 else _MAX_ROWS_OF_GROUPS
+def config_for(problem: contract.Problem, dtype: jnp.dtype) -> Config:
+    """The configuration for a shape, and the dtype of the activations: enough programs to fill a GPU.
+
+    Few rows take small programs, of which more fit on an SM; more rows large ones, which read rows less often. Either
+    way a lane loads 4 channels, 16 bytes.
+    """
+    one_sum = problem.groups == 1 and problem.bits <= contract.LIMB_BITS and _PARTS[dtype.name] == 1
+    largest = _MAX_ROWS_OF_ONE_SUM if one_sum else _MAX_ROWS
     block_rows = min(largest, max(_MIN_ROWS, pl.next_power_of_2(problem.m)))
-    block_words = min(_BLOCK_WORDS, pl.next_power_of_2(problem.words_per_group))
-    programs = pl.cdiv(problem.n, _BLOCK_N) * pl.cdiv(problem.m, block_rows)
-    wanted = pl.cdiv(MIN_PROGRAMS, programs)
-    blocks = pl.cdiv(problem.words_per_group, block_words)
-    num_parts = min(pl.cdiv(wanted, problem.groups), blocks)
+    block_n, block_words, num_warps = (128, 2, 2) if block_rows == _MIN_ROWS else (256, 4, 8)
+    block_words = min(block_words, pl.next_power_of_2(problem.words_per_group))
+    programs = pl.cdiv(problem.n, block_n) * pl.cdiv(problem.m, block_rows)
+    blocks = problem.groups * pl.cdiv(problem.words_per_group, block_words)
     return Config(
-        block_n=_BLOCK_N,
+        block_n=block_n,
         block_rows=block_rows,
         block_words=block_words,
-        num_groups=max(1, pl.cdiv(problem.groups, wanted)),
-        num_parts=pl.cdiv(blocks, pl.cdiv(blocks, num_parts)),  # none is empty
-        num_warps=4,
+        num_blocks=pl.cdiv(blocks, pl.cdiv(MIN_PROGRAMS, programs)),
+        num_warps=num_warps,
     )
 
 
@@ -97,7 +100,7 @@ def matmul(
     """
     sweep = bitlayers.ndim == 0
     num_counts = problem.bits if sweep else 1
-    num_parts = pl.cdiv(problem.groups, config.num_groups) * config.num_parts
+    num_parts = pl.cdiv(count_blocks(problem, config), config.num_blocks)
     assert onto is None or num_parts == 1, "parts are added to each other"
     out = _compat.triton_call(
         functools.partial(_kernel, problem=problem, config=config, sweep=sweep, interpret=interpret),
@@ -147,54 +150,53 @@ def _kernel(
     rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
     row_inside = _triton_codes.inside(first_row, config.block_rows, problem.m)
     inside = _triton_codes.inside(first_channel, config.block_n, problem.n)
-    num_blocks = pl.cdiv(pl.cdiv(problem.words_per_group, config.block_words), config.num_parts)
-    part_words = num_blocks * config.block_words
-    first_group = part // config.num_parts * config.num_groups
-    stop_group = jnp.minimum(first_group + config.num_groups, problem.groups)
-    always_full = is_even(problem, config) and problem.words_per_group == config.num_parts * part_words
-    load_block = functools.partial(blocks_of, x, problem, config, rows, row_inside)
+    blocks_per_group = pl.cdiv(problem.words_per_group, config.block_words)
+    first_block = part * config.num_blocks
+    stop_block = jnp.minimum(first_block + config.num_blocks, count_blocks(problem, config))
+    zero = jnp.zeros((config.block_n, config.block_rows), jnp.float32)
+    load_words = functools.partial(
+        _triton_codes.load_words,
+        words,
+        channels=channels,
+        inside=inside,
+        num_words=config.block_words,
+        is_even=is_even(problem, config),
+    )
 
-    def group_sum(group, first, last, used):
-        """(c - (2**w - 1) / 2) * 2**(8 - w) . x_g, of the codes c of the w = `used` bitlayers of one limb."""
-        group_stop = jnp.minimum((group + 1) * problem.words_per_group, problem.num_words)
-        first_word = group * problem.words_per_group + part % config.num_parts * part_words
-        stop = jnp.minimum(first_word + part_words, group_stop)
-
-        def add_block(i, total):
-            start = first_word + i * config.block_words
-            bitlayers = _triton_codes.load_words(
-                words,
-                start,
-                stop,
-                first,
-                last - first,
-                used,
-                channels=channels,
-                inside=inside,
-                num_words=config.block_words,
-                is_even=is_even(problem, config),
-            )
-            return add_dots(total, _triton_codes.centred(bitlayers, used, interpret=interpret), load_block(start, stop))
-
-        if always_full and num_blocks == 1:
-            return add_block(0, None)
-        count = num_blocks if always_full else pl.cdiv(jnp.maximum(stop - first_word, 0), config.block_words)
-        return lax.fori_loop(0, count, add_block, jnp.zeros((config.block_n, config.block_rows), jnp.float32))
+    def span(block):
+        """Its first word, and where its group ends."""
+        group = block // blocks_per_group
+        start = group * problem.words_per_group + block % blocks_per_group * config.block_words
+        return start, jnp.minimum((group + 1) * problem.words_per_group, problem.num_words)
 
     def product(count):
         """The rows at one number of bitlayers, [block_n, block_rows]."""
         scale_row = jnp.clip(count, 1, scale.shape[0]) - 1
-        total = jnp.zeros((config.block_n, config.block_rows), jnp.float32)
+
+        def factor(group):
+            return _triton_codes.load(scale.at[scale_row, group, channels], inside, 0)
+
+        total = zero
         for first, last in problem.code_limbs:
             used = jnp.clip(count - first, 0, last - first)
+            unit = 2.0 ** -(contract.LIMB_BITS - 1 + first)
 
-            def add_group(group, total, first=first, last=last, used=used):
-                factor = _triton_codes.load(scale.at[scale_row, group, channels], inside, 0)
-                unit = 2.0 ** -(contract.LIMB_BITS - 1 + first)
-                return total + group_sum(group, first, last, used) * (factor * unit)[:, None]
+            def values_of(block, first=first, last=last, used=used):
+                bitlayers = load_words(*span(block), first, last - first, used)
+                return _triton_codes.centred(bitlayers, used, interpret=interpret)
 
-            total = lax.fori_loop(first_group, jnp.where(used > 0, stop_group, first_group), add_group, total)
-        return total
+            def add_block(block, total, values, unit=unit):
+                add = functools.partial(add_dots, values, x, problem, config, rows, row_inside, *span(block))
+                if problem.groups == 1:
+                    return add(total)
+                return total + add(None) * (factor(block // blocks_per_group) * unit)[:, None]
+
+            stop = jnp.where(used > 0, stop_block, first_block)
+            if problem.groups > 1:
+                total = add_blocks(first_block, stop, values_of, add_block, total)
+            else:
+                total = total + add_blocks(first_block, stop, values_of, add_block, zero) * unit
+        return total * factor(jnp.int32(0))[:, None] if problem.groups == 1 else total
 
     def store(value, of_rows):
         masks = [] if of_rows is None else [of_rows[:, None]]
@@ -222,24 +224,54 @@ def _kernel(
     lax.while_loop(lambda count: count <= contract.MAX_BITS, add_count, next_count(jnp.int32(0)))
 
 
-def blocks_of(x, problem: contract.Problem, config: Config, rows, row_inside, start, stop) -> list[jax.Array]:
-    """bf16[block_rows, 32 * block_words] of each part of the activations, zero from word `stop` on."""
+def add_blocks(
+    first: jax.Array,
+    stop: jax.Array,
+    values_of: Callable[[jax.Array], jax.Array],
+    add_block: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    total: jax.Array,
+) -> jax.Array:
+    """`total` after all blocks, of which one is multiplied while the next is unpacked.
+
+    Values that a loop carries reach the tensor core of an A100 by one instruction for each 4 registers; of those that
+    it makes itself, by joining, Triton would have lanes load 8 bytes, and move every operand.
+    """
+
+    def step(block, state):
+        total, values = state
+        return add_block(block, total, values), values_of(jnp.minimum(block + 1, stop - 1))
+
+    return lax.fori_loop(first, stop, step, (total, values_of(first)))[0]
+
+
+def add_dots(
+    values: jax.Array,
+    x: Any,
+    problem: contract.Problem,
+    config: Config,
+    rows: Any,
+    row_inside: jax.Array | None,
+    start: jax.Array,
+    stop: jax.Array,
+    total: jax.Array | None,
+) -> jax.Array:
+    """total + bf16[channels, k] . x for each part of the activations, zero from word `stop` on, the smallest first."""
     k = config.block_words * contract.WORD_BITS
     masks = [] if row_inside is None else [row_inside[:, None]]
     if not is_even(problem, config):
         masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
     mask = _triton_codes.all_of((config.block_rows, k), masks)
-    columns = pl.ds(start * contract.WORD_BITS, k)
-    return [_triton_codes.load(x.at[jnp.int32(part), rows, columns], mask, 0) for part in range(x.shape[0])]
-
-
-def add_dots(total: jax.Array | None, values: jax.Array, blocks: list[jax.Array]) -> jax.Array:
-    """total + the products of bf16[channels, k] by each bf16[rows, k], the last and smallest first."""
-    for block in reversed(blocks):
-        product = jnp.dot(values, block.T, preferred_element_type=jnp.float32)
+    for part in reversed(range(x.shape[0])):
+        ref = x.at[jnp.int32(part), rows, pl.ds(start * contract.WORD_BITS, k)]
+        product = jnp.dot(values, _triton_codes.load(ref, mask, 0).T, preferred_element_type=jnp.float32)
         total = product if total is None else total + product
     assert total is not None
     return total
+
+
+def count_blocks(problem: contract.Problem, config: Config) -> int:
+    """Of words, each of one group."""
+    return problem.groups * pl.cdiv(problem.words_per_group, config.block_words)
 
 
 def is_even(problem: contract.Problem, config: Config) -> bool:

@@ -11,7 +11,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
@@ -89,28 +88,30 @@ def _kernel(x, limit, words, out, *, problem: contract.Problem, config: Config, 
     first_word = group * problem.words_per_group + span % num_parts * part_words
     stop = jnp.minimum((group + 1) * problem.words_per_group, problem.num_words)
     stop = jnp.minimum(first_word + part_words, stop)
-    num_blocks = pl.cdiv(jnp.maximum(stop - first_word, 0), config.block_words)
+    is_used = bitlayer < limit[0]
+    num_blocks = jnp.where(is_used, pl.cdiv(jnp.maximum(stop - first_word, 0), config.block_words), 0)
 
-    def add_block(i, total):
-        start = first_word + i * config.block_words
+    def values_of(block):
         bits = _triton_codes.load_words(
             words,
-            start,
+            first_word + block * config.block_words,
             stop,
             bitlayer,
             1,
-            1,
+            is_used.astype(jnp.int32),
             channels=channels,
             inside=inside,
             num_words=config.block_words,
             is_even=_triton_dot.is_even(problem, config),
         )
-        values = _triton_codes.centred(bits, jnp.int32(1), interpret=interpret)
-        blocks = _triton_dot.blocks_of(x, problem, config, rows, row_inside, start, stop)
-        return _triton_dot.add_dots(total, values, blocks)
+        return _triton_codes.centred(bits, jnp.int32(1), interpret=interpret)
+
+    def add_block(block, total, values):
+        start = first_word + block * config.block_words
+        return _triton_dot.add_dots(values, x, problem, config, rows, row_inside, start, stop, total)
 
     zero = jnp.zeros((config.block_n, config.block_rows), jnp.float32)
-    total = lax.fori_loop(0, jnp.where(bitlayer < limit[0], num_blocks, 0), add_block, zero)
+    total = _triton_dot.add_blocks(jnp.int32(0), num_blocks, values_of, add_block, zero)
     masks = [] if row_inside is None else [row_inside[:, None]]
     masks += [] if inside is None else [inside[None, :]]
     mask = _triton_codes.all_of((config.block_rows, config.block_n), masks)

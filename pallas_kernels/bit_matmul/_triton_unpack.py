@@ -59,13 +59,14 @@ def matmul(
         sums = jnp.dot(rows, values, preferred_element_type=jnp.float32)
         for part in sums.reshape(-1, problem.m, problem.n)[::-1]:
             total = total + part
+    others = _triton_dot.config_for(problem, x.dtype)
     return _triton_dot.matmul(
         problem,
         x,
         words,
         scale,
         jnp.where(bitlayers == largest, 0, bitlayers),
-        config=dataclasses.replace(_triton_dot.config_for(problem), num_parts=1),
+        config=dataclasses.replace(others, num_blocks=_triton_dot.count_blocks(problem, others)),
         interpret=interpret,
         onto=total * epilogue.scale_rows(scale[:, 0], bitlayers),
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.bit_matmul import (
     _triton_dot,
@@ -74,11 +75,14 @@ def unsupported(problem: contract.Problem) -> str | None:
     return None
 
 
-def config_for(problem: contract.Problem) -> Config:
-    """How a problem is cut into programs, by its shape alone; the type says which kernel runs it."""
+def config_for(problem: contract.Problem, dtype: DTypeLike = jnp.float32) -> Config:
+    """How a problem is cut into programs, by its shape and the dtype of float activations.
+
+    The type says which kernel runs it.
+    """
     if problem.activation_bits is None:
         many = problem.m >= _XLA_DOT_ROWS and problem.groups == 1
-        return (_triton_unpack if many else _triton_dot).config_for(problem)
+        return _triton_unpack.config_for(problem) if many else _triton_dot.config_for(problem, jnp.dtype(dtype))
     few = problem.m * problem.activation_bits <= _SERIAL_WORK
     return (_triton_serial if few else _triton_int8).config_for(problem)
 
@@ -87,7 +91,9 @@ def candidates(problem: contract.Problem) -> list[Config]:
     """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`."""
     found: list[Config] = [config_for(problem)]
     if problem.activation_bits is None:
-        found += _variants(_triton_dot.config_for(problem), num_warps=(4, 8), block_n=(64, 128))
+        dot = _triton_dot.config_for(problem, jnp.dtype(jnp.float32))
+        rows = [dot.block_rows, 64][: 1 + (problem.m > dot.block_rows)]
+        found += _variants(dot, block_rows=rows, num_warps=(4, 8), block_n=(128, 256))
         if problem.groups == 1:
             found += _variants(_triton_unpack.config_for(problem), num_warps=(4, 8))
     else:
@@ -187,7 +193,7 @@ def prefixes(
         return _triton_serial.matmul(problem, x, words, scale, limits, sweep=True, config=config, interpret=interpret)
     if isinstance(config, _FLOAT_CONFIGS):
         if isinstance(config, UnpackConfig):  # would write, and read again, 16 bits for each bit
-            config = _triton_dot.config_for(problem)
+            config = _triton_dot.config_for(problem, x.dtype)
         long = problem.groups == 1 or problem.words_per_group >= _triton_dot_sweep.MIN_WORDS
         run = _triton_dot_sweep.prefixes if long else _triton_dot.matmul
         return run(problem, x, words, scale, limit, config=config, interpret=interpret)
@@ -197,7 +203,9 @@ def prefixes(
 
 
 def _check(problem: contract.Problem, config: Config | None, x: Any) -> Config:
-    config = config or tuned.find("triton", problem, CONFIGS, dtype=getattr(x, "dtype", None)) or config_for(problem)
+    dtype = getattr(x, "dtype", None)
+    config = config or tuned.find("triton", problem, CONFIGS, dtype=dtype)
+    config = config or config_for(problem, jnp.float32 if dtype is None else dtype)
     is_float = problem.activation_bits is None
     if isinstance(config, _FLOAT_CONFIGS) != is_float:
         raise TypeError(

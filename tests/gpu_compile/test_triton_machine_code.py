@@ -64,7 +64,7 @@ def kernel(
     kernels = machine_code.compile_kernels(run, *described, gpu=gpu)
     found, *others = [kernel for kernel in kernels if kernel.name.startswith("bit_matmul")][::-1]
     for other in others:  # what comes after it, by name before it
-        assert other.name in ("bit_matmul_epilogue", "bit_matmul_groups")
+        assert other.name in ("bit_matmul_epilogue", "bit_matmul_dot")
         assert other.spill_bytes == 0
         assert not other.uses_local_memory
     return found
