@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from pallas_kernels.bit_matmul.contract import Problem as Problem
 from pallas_kernels.bit_matmul.contract import Unsupported as Unsupported
 from pbjax import files as files
-from pbjax._allocate import allocate as allocate
-from pbjax._allocation import Allocation as Allocation
-from pbjax._allocation import AllocationRow as AllocationRow
-from pbjax._allocation import UniformRow as UniformRow
+from pbjax._allocation.allocate import allocate as allocate
+from pbjax._allocation.outcome import Allocation as Allocation
+from pbjax._allocation.outcome import AllocationRow as AllocationRow
+from pbjax._allocation.outcome import UniformRow as UniformRow
+from pbjax._allocation.seconds import product_seconds as product_seconds
 from pbjax._backends import Selection as Selection
 from pbjax._backends import select_backend as select_backend
 from pbjax._backends import use_backend as use_backend
@@ -26,7 +27,6 @@ from pbjax._quantized import quantized as quantized
 from pbjax._report import Report as Report
 from pbjax._report import ReportRow as ReportRow
 from pbjax._report import report as report
-from pbjax._seconds import product_seconds as product_seconds
 from pbjax._specs import Spec as Spec
 from pbjax._sweep import sweep as sweep
 from pbjax.files._load import load as load

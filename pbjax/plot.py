@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pbjax._allocation import Allocation
+from pbjax._allocation.outcome import Allocation
 
 try:
     import matplotlib.pyplot as plt

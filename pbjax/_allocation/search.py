@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pbjax import _front
-from pbjax._allocation import Allocation, AllocationRow, UniformRow
-from pbjax._costs import Costs
-from pbjax._layers import StoredLayer
-from pbjax._sensitivity import Sensitivity
+from pbjax._allocation.costs import Costs
+from pbjax._allocation.front import Front, pareto_front
+from pbjax._allocation.layers import StoredLayer
+from pbjax._allocation.outcome import Allocation, AllocationRow, UniformRow
+from pbjax._allocation.sensitivity import Sensitivity
 
 _WHERE = "argument of allocate"
 _ROUNDING = 1 + 1e-12  # sums of costs that are no integers round
@@ -92,7 +92,7 @@ class Search:
             )
         return _refine(found, propose, lambda one: (self._costs.total(one.allocation), one.error), rounds)
 
-    def _bisect(self, front: _front.Front, tolerance: float) -> list[Candidate]:
+    def _bisect(self, front: Front, tolerance: float) -> list[Candidate]:
         """Points of a front that are within the tolerance, among them the cheapest if errors fall along the front."""
         low, high = -1, len(front.choices)  # taken as too coarse, and as fine enough
         found = []
@@ -176,11 +176,11 @@ class Search:
         errors = dict(zip(changes, self._errors(allocations), strict=True))
         return [{b: errors.get((i, b), origin.error) for b in allowed} for i, allowed in enumerate(self._choices)]
 
-    def _front(self, costs: Costs, origin: Candidate, singles: Singles) -> _front.Front:
+    def _front(self, costs: Costs, origin: Candidate, singles: Singles) -> Front:
         stages = [np.array([costs.of(i, b) for b in allowed]) for i, allowed in enumerate(self._choices)]
-        return _front.pareto_front(stages, [np.array([*layer.values()]) - origin.error for layer in singles])
+        return pareto_front(stages, [np.array([*layer.values()]) - origin.error for layer in singles])
 
-    def _allocation(self, front: _front.Front, point: int) -> tuple[int, ...]:
+    def _allocation(self, front: Front, point: int) -> tuple[int, ...]:
         return tuple(allowed[i] for allowed, i in zip(self._choices, front.choices[point], strict=True))
 
     def _measured(self, allocations: Sequence[tuple[int, ...]]) -> list[Candidate]:

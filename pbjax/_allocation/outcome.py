@@ -10,7 +10,7 @@ import numpy as np
 import rich.table
 
 from pbjax import _tables
-from pbjax._layers import Layer
+from pbjax._allocation.layers import Layer
 from pbjax._tables import Tabular
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pbjax._layers import Layer, StoredLayer
-from pbjax._seconds import product_seconds
+from pbjax._allocation.layers import Layer, StoredLayer
+from pbjax._allocation.seconds import product_seconds
 
 Cost = str | Mapping[str, ArrayLike] | Callable[[str], ArrayLike]
 

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _checks, _costs, _sweep
-from pbjax._allocation import Allocation
-from pbjax._costs import Cost
-from pbjax._layers import Layer, check_paths, layers_of
-from pbjax._search import Search
-from pbjax._sensitivity import METRICS, Metric, Sensitivity
+from pbjax import _checks, _sweep
+from pbjax._allocation.costs import Cost, costs_of, shares_of
+from pbjax._allocation.layers import Layer, check_paths, layers_of
+from pbjax._allocation.outcome import Allocation
+from pbjax._allocation.search import Search
+from pbjax._allocation.sensitivity import METRICS, Metric, Sensitivity
 
 _WHERE = "argument of allocate"
 
@@ -129,7 +129,7 @@ def allocate(
     check_paths(layers)
     choices = _choices(layers, bitlayers)
     batches = _batches(batch)
-    costs = _costs.costs_of(cost, layers, fn, qparams, batches[0])
+    costs = costs_of(cost, layers, fn, qparams, batches[0])
     sensitivity = Sensitivity(fn, qparams, batches, metric, layers, batch_size=batch_size, progress=progress)
     sensitivity.check_depends([min(allowed) for allowed in choices])
     search = Search(layers, choices, sensitivity, costs)
@@ -138,7 +138,7 @@ def allocate(
     elif name == "budget":
         chosen = search.best_within(name, limit, rounds)
     else:
-        chosen = search.best_within(name, limit, rounds, _costs.shares_of(layers))
+        chosen = search.best_within(name, limit, rounds, shares_of(layers))
     return search.outcome(chosen, metric if isinstance(metric, str) else getattr(metric, "__name__", "error"))
 
 

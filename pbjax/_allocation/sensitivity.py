@@ -15,8 +15,8 @@ import rich.console
 import rich.progress
 
 from pbjax import _paths, _sweep
+from pbjax._allocation.layers import Layer
 from pbjax._bit_tensor import is_bit_tensor
-from pbjax._layers import Layer
 
 Metric = Callable[[Any, Any], jax.Array]
 

@@ -17,8 +17,8 @@ from jax.core import Tracer
 from jax.extend import core
 
 from pbjax import _bit_tensor, _checks, _paths, _sweep
+from pbjax._allocation.layers import check_paths, layers_of
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
-from pbjax._layers import check_paths, layers_of
 
 _WHERE = "argument of product_seconds"
 _WORDS = 1  # the operand of a product that is packed
