@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.bit_matmul import contract
 
@@ -35,17 +38,32 @@ def integer(name: str, value: Any, low: int, high: int | None, where: str) -> in
 
 
 def number(name: str, value: Any, where: str) -> float:
-    """A static, finite number that is not negative, as Python's own.
+    """A static, finite number that is not negative, as Python's own, whichever kind of number or scalar array came.
 
     Raises:
       TypeError: not a real number.
       ValueError: negative, infinite or a NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+    found = as_float64(value)
+    if found is None or found.ndim:
         raise TypeError(f"`{name}` must be a number, but got {value!r} ({where}).")
-    if not 0 <= value < math.inf:
+    if not 0 <= found < math.inf:
         raise ValueError(f"`{name}` must be finite and not negative, but got {value} ({where}).")
-    return float(value)
+    return found.item()
+
+
+def as_float64(value: Any) -> np.ndarray | None:
+    """A real number, or an array of known ones of any dtype, as float64[..]; None for anything else."""
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.generic)):
+        try:
+            return np.array(float(value))
+        except OverflowError:  # an integer or a fraction beyond float64
+            return np.array(math.copysign(math.inf, value))
+    if not hasattr(value, "dtype") or isinstance(value, Tracer):
+        return None
+    array = np.asarray(value)
+    is_real = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(np.float64) if is_real else None
 
 
 def activation_bits(value: Any, where: str) -> int | None:

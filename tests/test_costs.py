@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fractions
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,29 @@ class TestCost:
         allocation = allocate(tolerance=tolerance, cost=COSTS)
         assert allocation.measured_error <= tolerance
         assert allocation.cost == min(total_cost(numbers) for numbers, _, _, error in EVERY if error <= tolerance)
+
+    @pytest.mark.parametrize(
+        "same",
+        [
+            lambda costs: jnp.asarray(costs, jnp.bfloat16),
+            lambda costs: [jnp.bfloat16(cost) for cost in costs],
+            lambda costs: tuple(jnp.float32(cost) if i % 2 else cost for i, cost in enumerate(costs)),
+            lambda costs: np.asarray(costs, np.float16),
+            lambda costs: [fractions.Fraction(cost) for cost in costs],
+        ],
+    )
+    def test_every_kind_of_number(self, same):
+        """All of these costs are small multiples of a half, which bfloat16 has."""
+        given = {path: same(costs) for path, costs in COSTS.items()}
+        assert numbers_of(allocate(budget=jnp.float32(39), cost=given)) == numbers_of(allocate(budget=39, cost=COSTS))
+
+    def test_very_large_costs(self):
+        """Of which sums and multiples are near the largest float."""
+        huge = {path: [cost * 1e306 for cost in costs] for path, costs in COSTS.items()}
+        for budget in (13, 39, 57, 75):
+            assert numbers_of(allocate(budget=budget * 1e306, cost=huge)) == numbers_of(
+                allocate(budget=budget, cost=COSTS)
+            )
 
     def test_is_no_other_than_bytes_by_default(self):
         sizes = {name: [pbjax.truncate(w, b).nbytes for b in range(1, BITS + 1)] for name, w in QPARAMS.items()}
@@ -115,6 +140,25 @@ class TestProductSeconds:
         np.testing.assert_array_equal(seconds["branch"], seconds["once"])
         np.testing.assert_allclose(seconds["looped"], 7 * seconds["once"], rtol=1e-12)
         np.testing.assert_allclose(seconds["stack"], np.tile(7 * seconds["once"], (3, 1)), rtol=1e-12)
+
+    def test_condition_of_a_loop(self):
+        """Counts as one turn, like the body, whether the loop carries its words or closes over them."""
+        w = pbjax.quantize({"kernel": PARAMS["a"][:40]}, 4)["kernel"]
+
+        def fn(qparams, x):
+            def is_small(state):
+                h, carried = state
+                return (pbjax.matmul(h, carried) + pbjax.matmul(h, qparams["cond"])).max() < 1
+
+            def body(state):
+                h, carried = state
+                return pbjax.matmul(pbjax.matmul(h, qparams["body"]), carried), carried
+
+            h, carried = jax.lax.while_loop(is_small, body, (x, qparams["carried"]))
+            return pbjax.matmul(h, carried)
+
+        calls = _calls(fn, dict.fromkeys(("body", "carried", "cond"), w), jnp.ones((2, 40)))
+        assert [sum(counts.values()) for counts in calls] == [1, 3, 1]
 
     def test_module(self):
         model = pbjax.nnx.quantize(models.NnxMLP(nnx.Rngs(0)), 6)
@@ -213,12 +257,27 @@ ERRORS = {
     "too few costs": (
         lambda: allocate(budget=3, cost={**COSTS, "b": [1, 2]}),
         ValueError,
-        r"`cost` must be numbers of shape \(6,\), one for each number of bitlayers, but got int64\[2\] \(b\)",
+        r"`cost` must be numbers of shape \(6,\), one for each number of bitlayers, but got float64\[2\] \(b\)",
+    ),
+    "costs that are no numbers": (
+        lambda: allocate(budget=3, cost={**COSTS, "b": ["1"] * 6}),
+        ValueError,
+        r"`cost` must be numbers of shape \(6,\), one for each number of bitlayers, but got \['1', .*\] \(b\)",
+    ),
+    "costs of different lengths": (
+        lambda: allocate(budget=3, cost={**COSTS, "b": [[1, 2], [3]]}),
+        ValueError,
+        r"`cost` must be numbers of shape \(6,\), .* but got \[\[1, 2\], \[3\]\] \(b\)",
+    ),
+    "costs that overflow": (
+        lambda: allocate(budget=3, cost=dict.fromkeys(SHAPES, [1e308] * 6)),
+        ValueError,
+        r"`cost` must add up to a finite number over all layers, but got costs of up to 1e\+308",
     ),
     "negative cost": (
         lambda: allocate(budget=3, cost={**COSTS, "b": [1, 2, 3, 4, 5, -6]}),
         ValueError,
-        r"`cost` must be finite and not negative, but got \[1, 2, 3, 4, 5, -6\] \(b\)",
+        r"`cost` must be finite and not negative, but got \[1.0, 2.0, 3.0, 4.0, 5.0, -6.0\] \(b\)",
     ),
 }
 

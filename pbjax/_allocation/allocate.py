@@ -96,8 +96,8 @@ def allocate(
     Raises:
       TypeError: an argument of the wrong type; outputs that are no floats, with a named metric.
       ValueError: none or several limits; a budget or average below the smallest choice; a tolerance that no choice
-        reaches; costs that are missing, negative or not finite, or given with `average`; no BitTensor, or none that
-        `fn` uses; outputs or errors that are not finite; numbers of bitlayers that a weight does not store.
+        reaches; costs that are missing, negative, not finite (or not so in sum), or given with `average`; no BitTensor,
+        or none that `fn` uses; outputs or errors that are not finite; bitlayers that a weight does not store.
 
     Cost: on each batch and in each round one evaluation of `fn` for each layer and number of bitlayers, and some tens;
     with "time" that of `pbjax.product_seconds` before.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pbjax import _checks
 from pbjax._allocation.layers import Layer, StoredLayer
 from pbjax._allocation.seconds import product_seconds
 
@@ -77,20 +80,38 @@ def _given(costs_at: Callable[[str], ArrayLike], layers: Sequence[Layer], unit: 
     stacks: dict[str, tuple[int, ...]] = {}
     for layer in layers:  # the last of a stack tells its shape
         stacks[layer.path] = tuple(i + 1 for i in layer.index)
-    by_path = {path: np.asarray(costs_at(path)) for path in stacks}
+    by_path = {path: _numbers(costs_at(path)) for path in stacks}
     by_layer = []
     for layer in layers:
         costs, stack = by_path[layer.path], stacks[layer.path]
-        if costs.dtype.kind not in "iuf" or costs.shape not in ((layer.bits,), (*stack, layer.bits)):
+        if not isinstance(costs, np.ndarray) or costs.shape not in ((layer.bits,), (*stack, layer.bits)):
+            got = f"float64{list(costs.shape)}" if isinstance(costs, np.ndarray) else repr(costs)
             raise ValueError(
                 f"`cost` must be numbers of shape {(*stack, layer.bits)}, one for each number of bitlayers, but got "
-                f"{costs.dtype}{list(costs.shape)} ({layer.path}). Measure or count all of 1..{layer.bits}."
+                f"{got} ({layer.path}). Measure or count all of 1..{layer.bits}."
             )
         numbers = costs if costs.ndim == 1 else costs[layer.index]
         if not (np.isfinite(numbers).all() and (numbers >= 0).all()):
             raise ValueError(f"`cost` must be finite and not negative, but got {numbers.tolist()} ({layer.name}).")
-        by_layer.append(numbers.astype(np.float64))
+        by_layer.append(numbers)
+    if not math.isfinite(sum(float(numbers.max()) for numbers in by_layer)):
+        raise ValueError(
+            f"`cost` must add up to a finite number over all layers, but got costs of up to "
+            f"{max(numbers.max() for numbers in by_layer):.3g} ({_WHERE}). Count in a larger unit."
+        )
     return Costs(unit=unit, by_layer=tuple(by_layer))
+
+
+def _numbers(given: Any) -> Any:
+    """The numbers in an array, or in lists of numbers and scalar arrays, as float64; as they came if they are none."""
+    given = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else given  # a range, too
+    parts = jax.tree.map(_checks.as_float64, given, is_leaf=lambda leaf: leaf is None)
+    if any(part is None for part in jax.tree.leaves(parts, is_leaf=lambda leaf: leaf is None)):
+        return given
+    try:
+        return np.array(parts, np.float64)
+    except (TypeError, ValueError):  # lists of different lengths, dicts
+        return given
 
 
 def _all(layer: Layer) -> list[int]:

@@ -69,7 +69,7 @@ def _thinned(kept: np.ndarray, costs: np.ndarray, max_points: int) -> np.ndarray
     if len(kept) <= max_points:
         return kept
     offset = costs[kept] - costs[kept[0]]
-    interval = (offset * max_points / offset[-1]).astype(np.int64)
+    interval = (offset / offset[-1] * max_points).astype(np.int64)  # no product that overflows
     is_last = np.append(interval[1:] != interval[:-1], True)
     is_last[0] = True  # the cheapest
     return kept[is_last]

@@ -37,9 +37,8 @@ def product_seconds(
         seconds(l, b) = sum over the products p of layer l of calls(p) * median of the measured times of p at b.
 
     Where weights are stacked, each gets an equal part of the calls. Products alike in all shapes are measured once.
-    Loops whose number of turns is not known count as one turn, without their condition, and all branches of a
-    `jax.lax.cond` count. A weight whose
-    products `fn` does not have on bitlayers has zeros.
+    A `jax.lax.while_loop`, whose number of turns is not known, counts as one turn: its condition once, its body once.
+    All branches of a `jax.lax.cond` count. A weight whose products `fn` does not have on bitlayers has zeros.
 
     These are times on this machine, of a product after itself: its words are in the caches if they fit in there. What
     else `fn` does takes the same time at every number of bitlayers, and is not in them.
@@ -156,19 +155,25 @@ def _count(jaxpr: core.Jaxpr, sources: Sequence[int | None], turns: int, calls: 
         inner_turns = turns * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
         programs = list(_programs(eqn))
         outputs: list[int | None] = [None if programs else source] * len(eqn.outvars)  # a slice of words is one, too
-        for program in programs:
-            # Operands of a program are the last of the equation: a condition has its index before them.
-            outputs = _count(program, inputs[len(inputs) - len(program.invars) :], inner_turns, calls)
+        for program, operands in programs:
+            outputs = _count(program, [inputs[i] for i in operands], inner_turns, calls)
         source_of.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _programs(eqn: Any) -> Iterator[core.Jaxpr]:
-    """The programs that an equation runs on its operands."""
-    names = ("jaxpr", "call_jaxpr", "body_jaxpr", "branches")
-    for value in (eqn.params[name] for name in names if name in eqn.params):
+def _programs(eqn: Any) -> Iterator[tuple[core.Jaxpr, Sequence[int]]]:
+    """The programs that an equation runs, and which of its operands each takes; outputs are those of the last."""
+    num_operands = len(eqn.invars)
+    if eqn.primitive.name == "while":  # operands: constants of the condition, constants of the body, what is carried
+        cond_consts, consts = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+        yield eqn.params["cond_jaxpr"].jaxpr, [*range(cond_consts), *range(consts, num_operands)]
+        yield eqn.params["body_jaxpr"].jaxpr, range(cond_consts, num_operands)
+        return
+    for value in (eqn.params[name] for name in ("jaxpr", "call_jaxpr", "branches") if name in eqn.params):
         for program in value if isinstance(value, (tuple, list)) else [value]:
-            yield getattr(program, "jaxpr", program)
+            program = getattr(program, "jaxpr", program)
+            # The last ones: a `cond` has the number of the branch before them.
+            yield program, range(num_operands - len(program.invars), num_operands)
 
 
 def _measure(product: _Product, tensor: BitTensor, repeats: int) -> np.ndarray:
