@@ -66,35 +66,52 @@ def curve(
       The axes.
 
     Raises:
-      ValueError: values that are no row of numbers, or not as many as `bitlayers`.
+      ValueError: values that are no row of numbers, or not as many as `bitlayers`; a dict without a line.
     """
-    lines = values if isinstance(values, Mapping) else {None: values}
+    is_labelled = isinstance(values, Mapping)
+    lines = values if is_labelled else {"argument of curve": values}
+    if not lines:
+        raise ValueError(
+            "`values` must hold a line, but got an empty dict (argument of curve). Give one sweep or more."
+        )
     arrays = {label: np.asarray(line, np.float64) for label, line in lines.items()}
-    length = max((line.size for line in arrays.values()), default=0)
+    length = max(line.size for line in arrays.values())
     numbers = list(range(1, length + 1) if bitlayers is None else bitlayers)
     for label, line in arrays.items():
         if line.shape != (len(numbers),) or not numbers:
-            where = "argument of curve" if label is None else str(label)
             raise ValueError(
                 f"`values` must hold one number for each of {len(numbers)} numbers of bitlayers, but got shape "
-                f"{line.shape} ({where}). Reduce each point of a sweep to a number."
+                f"{line.shape} ({label}). Reduce each point of a sweep to a number."
             )
     ax = _new_axes(6.4, 4.2) if ax is None else ax
     styles = itertools.cycle(zip(COLORS, _MARKERS, strict=True))
     for (label, line), (color, marker) in zip(arrays.items(), styles, strict=False):
-        ax.plot(numbers, line, marker + "-", color=color, linewidth=2, markersize=7, label=label)
+        ax.plot(
+            numbers,
+            line,
+            marker + "-",
+            color=color,
+            linewidth=2,
+            markersize=7,
+            label=_shown(label) if is_labelled else None,
+        )
         if value_format is not None:
             _label_points(ax, numbers, line, value_format, color)
     if baseline is not None:
-        ax.axhline(baseline, color=DARK, linestyle="--", label=baseline_label)
+        ax.axhline(baseline, color=DARK, linestyle="--", label=_shown(baseline_label))
     ax.set_xticks(numbers)
     ax.set_xlabel("bitlayers used")
     ax.set_ylabel(ylabel)
     ax.set_title(title, loc="left")
     ax.margins(x=0.08, y=0.2 if value_format else 0.1)
-    if baseline is not None or None not in arrays:
+    if baseline is not None or is_labelled:
         ax.legend(frameon=False)
     return tidy(ax)
+
+
+def _shown(label: Any) -> str:
+    """A label for the legend, from which Matplotlib leaves out those that begin with an underscore."""
+    return f" {label}" if str(label).startswith("_") else str(label)
 
 
 def _label_points(ax: Axes, numbers: list[int], line: np.ndarray, value_format: str, color: str) -> None:

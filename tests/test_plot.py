@@ -74,6 +74,11 @@ def test_curves_differ_in_color_and_marker():
     np.testing.assert_array_equal(ax.get_xticks(), [4, 8])
 
 
+def test_labels_with_an_underscore_are_in_the_legend():
+    ax = pbjax.plot.curve({"_head": [1, 2], 3: [2, 3]}, baseline=2, baseline_label="_float")
+    assert [text.get_text().strip() for text in ax.get_legend().get_texts()] == ["_head", "3", "_float"]
+
+
 def test_allocation():
     ax = pbjax.plot.allocation(ALLOCATION)
     stored, used = ax.containers
@@ -101,6 +106,11 @@ def test_many_layers_make_one_shape():
             r"`values` must hold one number for each of 3 numbers of bitlayers, but got shape \(2,\) \(arg",
         ),
         (lambda: pbjax.plot.curve({"a": [[1.0]]}), ValueError, r"but got shape \(1, 1\) \(a\)\. Reduce each point"),
+        (
+            lambda: pbjax.plot.curve({}),
+            ValueError,
+            r"`values` must hold a line, but got an empty dict \(argument of cu",
+        ),
         (lambda: pbjax.plot.curve([]), ValueError, r"for each of 0 numbers of bitlayers"),
         (
             lambda: pbjax.plot.allocation({"a": 3}),
