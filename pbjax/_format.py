@@ -22,8 +22,11 @@ from pallas_kernels._compat import varying_like
 from pallas_kernels.bit_matmul.contract import NUM_SCALES, WORD_BITS, num_groups, num_words
 from pallas_kernels.bit_matmul.epilogue import power_of_two
 
-# Inputs to a scale. The sums of its scales are int32: beyond, too few bits of a weight have room in them.
+# Inputs to a scale. It is exact for weights in fixed point, each of which may be off by 2**-27 of the largest.
 MAX_GROUP = 2**20
+
+# Bits behind the point of w / s in these sums: |w / s| < 4 even where it is clipped, |odd| <= 7, products below 2**31.
+_POINT = 26
 
 # Elements of a weight that are quantized at a time: intermediates take some 30 bytes for each.
 _BLOCK_ELEMENTS = 2**20
@@ -139,36 +142,47 @@ def _scales(weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int
     second is smaller where v_b has little to do with w, as in a group with outliers or many zeros: twice the least
     squares is as far as a scale goes before w_b is farther from w than 0 is. No scale passes the largest float32.
 
-    The sums run over integers, with w / s in fixed point (k = 4096: 13 bits behind the point, which moves a scale by
-    some 1e-6 of it). Integer sums do not depend on their order: rows come out the same to the last bit however many
-    bitlayers are stored, jitted or not, mapped, in blocks or sharded.
+    The sums run over integers, with w / s in fixed point, and are exact: they do not depend on their order, so scales
+    are the same to the last bit however many bitlayers are stored, jitted or not, mapped, in blocks or sharded. Many
+    small weights count beside an outlier: each is off by 2**-27 of it at most, and a scale by k * 2**-27 of itself.
     """
-    k = weight.shape[0] if group_size is None else group_size
-    point = max(26 - k.bit_length(), 0)  # |w / s| <= 4 even where it is clipped, |odd| <= 7: sums stay below 2**31
-    ratio = jnp.rint(_ratio(weight, magnitude, group_size) * 2.0**point).astype(jnp.int32)
-    square = _sum_of_squares(ratio, (point + 3) // 2, group_size)
+    ratio = jnp.rint(_ratio(weight, magnitude, group_size) * 2.0**_POINT).astype(jnp.int32)
+    square = _sum_of_squares(ratio, group_size)
     rows = []
     for b in range(1, min(bits, NUM_SCALES - 1) + 1):
         odd = 2 * (codes >> (bits - b)).astype(jnp.int32) + 1 - 2**b  # v_b * 2**b
-        projection = group_sum(ratio * odd, group_size).astype(jnp.float32)
+        product = ratio * odd
+        # Negative, and then -14 or more, where w is: next to 0, where `encode` rounds w / s + 1 to 1.
+        wrong_sign = group_sum(jnp.minimum(product, 0), group_size).astype(jnp.float32)
+        projection = _sum_of_products(jnp.maximum(product, 0), group_size) + wrong_sign
         energy = group_sum(odd * odd, group_size).astype(jnp.float32)
-        unbiased = square / jnp.maximum(projection, 1) * 2.0 ** (b - point)
-        scale = jnp.minimum(unbiased, projection / energy * 2.0 ** (b + 1 - point)) * magnitude
+        unbiased = square / jnp.maximum(projection, 1) * 2.0 ** (b - _POINT)
+        scale = jnp.minimum(unbiased, projection / energy * 2.0 ** (b + 1 - _POINT)) * magnitude
         rows.append(jnp.minimum(scale, jnp.finfo(jnp.float32).max))
     if bits >= NUM_SCALES:
         rows.append(magnitude)
     return jnp.stack(rows)
 
 
-def _sum_of_squares(value: jax.Array, half: int, group_size: int | None) -> jax.Array:
-    """Sums of squares within each group, in integers but for the last additions: int32[k, n] -> f32[groups, n].
+def _sum_of_products(value: jax.Array, group_size: int | None) -> jax.Array:
+    """Sums of numbers 0..2**31 - 1 within each group, exact but for the last additions: int32[k, n] -> f32[groups, n].
 
-    Values are taken apart in front of their last `half` bits. Products with powers of two are exact, so that no way of
-    compiling them rounds another time.
+    Numbers are taken apart so that sums of their parts fit into 32 bits. Products with powers of two are exact, so that
+    no way of compiling the additions rounds another time.
     """
-    high, low = value >> half, value & (2**half - 1)
-    squares = [group_sum(part, group_size).astype(jnp.float32) for part in (high * high, high * low, low * low)]
-    return (squares[0] * 2.0**half + squares[1] * 2.0) * 2.0**half + squares[2]
+    width = 32 - _group_length(value, group_size).bit_length()
+    total = jnp.float32(0)
+    for shift in reversed(range(0, 31, width)):
+        part = (value.astype(jnp.uint32) >> shift) & (2**width - 1)
+        total = total * 2.0**width + group_sum(part, group_size).astype(jnp.float32)
+    return total
+
+
+def _sum_of_squares(value: jax.Array, group_size: int | None) -> jax.Array:
+    """Sums of squares of numbers below 2**29 within each group: int32[k, n] -> f32[groups, n]; as above."""
+    high, low = jnp.abs(value) >> 14, jnp.abs(value) & (2**14 - 1)
+    squares = [_sum_of_products(product, group_size) for product in (high * high, high * low, low * low)]
+    return (squares[0] * 2.0**14 + squares[1] * 2.0) * 2.0**14 + squares[2]
 
 
 def _ratio(weight: jax.Array, magnitude: jax.Array, group_size: int | None) -> jax.Array:
@@ -180,17 +194,30 @@ def _ratio(weight: jax.Array, magnitude: jax.Array, group_size: int | None) -> j
 
 
 def _best_clip(weight: jax.Array, magnitude: jax.Array, bits: int, group_size: int | None) -> jax.Array:
-    """The fraction of max|w| that gives the least squared error at `bits` bitlayers: f32[groups, n]."""
+    """The fraction of max|w| that gives the least squared error at `bits` bitlayers: f32[groups, n].
+
+    Of fractions that are as good but for roundings it is the largest. So nothing is clipped for 1 bitlayer, for which
+    only the scale matters.
+    """
 
     def error_of(fraction):
         clipped = magnitude * fraction
         codes = encode(weight, clipped, bits, group_size)
         scale = _scales(weight, clipped, codes, bits, group_size)[-1]
         error = weight - prefix_values(codes, bits, bits) * _spread(scale, weight.shape[0], group_size)
-        return group_sum(error * error, group_size)
+        # Below 2**5 of max|w|, since no scale passes 2**4 of it. Integers, so that the choice depends on no order.
+        return _sum_of_squares(jnp.rint(_ratio(error, magnitude, group_size) * 2.0**23).astype(jnp.int32), group_size)
 
     fractions = jnp.array(_CLIP_FRACTIONS, jnp.float32)
-    return fractions[jnp.argmin(lax.map(error_of, fractions), axis=0)]
+    errors = lax.map(error_of, fractions)
+    # Roundings move an error by some 2**-12 of it, or by (2**-19 max|w|)**2 for each weight.
+    as_good = jnp.min(errors, axis=0, keepdims=True) * (1 + 2.0**-12) + 2.0**8 * _group_length(weight, group_size)
+    return fractions[jnp.argmax(errors <= as_good, axis=0)]
+
+
+def _group_length(value: jax.Array, group_size: int | None) -> int:
+    """The k that share a scale, the last group's padding included."""
+    return value.shape[0] if group_size is None else group_size
 
 
 def group_sum(value: jax.Array, group_size: int | None) -> jax.Array:

@@ -59,8 +59,8 @@ def quantize(
       group_size: consecutive k that share a scale, a multiple of 32; None for one scale per output channel. Where a
         weight has less k, its group is cut to the words that hold it.
       activation_bits: width of fixed-point activations in products, 2..24, or None for float ones.
-      clip_bits: if given, each group is clipped to what gives the least error at this many bitlayers. Better below,
-        worse above it.
+      clip_bits: if given, each group is clipped to what gives the least error at this many bitlayers; of ranges as good
+        to the widest (so 1, which stores only signs, clips nothing). Better below, worse above it.
       select: which leaves to quantize, from their path and value. The default is every `kernel` of rank 2 or more,
         and, with `fn`, every weight that a product consumes.
       rules: path patterns (regular expressions, searched for) to a number of bits, a `Spec`, or None for "leave as it

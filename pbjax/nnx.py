@@ -78,7 +78,8 @@ def quantize(
       bits: bitlayers to store, 1..16.
       group_size: consecutive k that share a scale, a multiple of 32; None for one scale per output channel.
       activation_bits: width of fixed-point activations in products, 2..24, or None for float ones.
-      clip_bits: if given, each group is clipped to what gives the least error at this many bitlayers.
+      clip_bits: if given, each group is clipped to what gives the least error at this many bitlayers; see
+        `pbjax.quantize`.
       rules: patterns (regular expressions, searched for) of the paths of weights, as `blocks/0/attention/query/kernel`,
         to a number of bits, a `pbjax.Spec`, or None for "leave as it is". The first that matches decides.
       progress: whether to show a progress bar; None shows one on a terminal for large models.

@@ -71,9 +71,7 @@ def curve(
     is_labelled = isinstance(values, Mapping)
     lines = values if is_labelled else {"argument of curve": values}
     if not lines:
-        raise ValueError(
-            "`values` must hold a line, but got an empty dict (argument of curve). Give one sweep or more."
-        )
+        raise ValueError("`values` must hold a line, but got an empty dict (argument of curve). Give a sweep.")
     arrays = {label: np.asarray(line, np.float64) for label, line in lines.items()}
     length = max(line.size for line in arrays.values())
     numbers = list(range(1, length + 1) if bitlayers is None else bitlayers)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import pbjax
-from pbjax import _backends
+from pbjax import _backends, _format
 from tests import oracle
 
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "faults.md"
@@ -412,6 +412,23 @@ def large_groups():
     np.testing.assert_array_equal(w.words, tensor().words)
     np.testing.assert_allclose(w.scale, tensor().scale, rtol=1e-5)
     np.testing.assert_array_equal(w.scale[-1], tensor().scale[-1])
+
+
+@elsewhere("weights far smaller than the largest of their group")
+def outlier():
+    k = 2**16
+    weight = np.random.default_rng(0).standard_normal((k, 2)).astype(np.float32)
+    weight[0] = 1000
+    w = quantize(weight)
+    codes = np.asarray(_format.unpack(w.words, k))
+    for b in (1, 2, 3):
+        exact = oracle.exact_scale(weight, codes, w.bits, b, None)
+        np.testing.assert_allclose(w.scale[b - 1], exact, rtol=k * 2.0**-27)
+        unpacked = pbjax.dequantize(pbjax.with_bitlayers(w, b))
+        assert np.linalg.norm(unpacked - weight) <= 1.0001 * np.linalg.norm(weight)
+    np.testing.assert_array_equal(w.scale[3], 1000)
+    grouped = quantize(weight, group_size=1024)
+    np.testing.assert_array_equal(grouped.scale[3, 1:], np.abs(weight).reshape(64, 1024, 2).max(1)[1:])
 
 
 @elsewhere("more than 2**20 inputs to a scale")

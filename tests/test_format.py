@@ -185,21 +185,37 @@ def test_error_of_gaussian_weights():
     assert np.all(np.diff(gaussian_errors()) < 0)
 
 
-@pytest.mark.parametrize("case", ["outlier", "long", "sparse", "diagonal"])
-def test_weights_that_few_bitlayers_do_not_fit_are_no_worse_than_none(case):
-    """Below 4 bitlayers: w_b is never farther from w than 0 is, whatever fixed point makes of small weights."""
-    weight = gaussian(2**18 if case == "long" else 4096, 2)
-    if case == "sparse":
-        weight[np.random.default_rng(1).random(weight.shape) < 0.9] = 0
-    elif case == "diagonal":
-        weight = np.eye(64, dtype=np.float32)
-    else:
-        weight[0] = 1000
-    k = weight.shape[0]
+HARD = {  # weights of k inputs that few bitlayers do not fit
+    "outlier": lambda k: np.r_[1000 * np.ones((1, 2)), gaussian(k - 1, 2)],
+    "large outlier": lambda k: np.r_[1e6 * np.ones((1, 2)), gaussian(k - 1, 2)],
+    "sparse": lambda k: gaussian(k, 2) * (np.arange(k) % 61 == 0)[:, None],
+    "one-hot": lambda k: np.eye(k, 2),
+}
+
+
+@pytest.mark.parametrize("k", [64, 4096, 65536, 2**20])
+@pytest.mark.parametrize("case", HARD)
+def test_scales_of_weights_that_few_bitlayers_do_not_fit(case, k):
+    """They are the definition's, in float64, but for roundings; and w_b is no farther from w than 0 is."""
+    weight = HARD[case](k).astype(np.float32)
     words, scale = quantize(weight, 4, None, None)
+    codes, exact = np.asarray(unpack(words, k)), weight.astype(np.float64)
     for b in (1, 2, 3):
-        error = np.linalg.norm(np.asarray(dequantize(words, scale, b, k, None), np.float64) - weight)
-        assert error <= 1.0001 * np.linalg.norm(weight.astype(np.float64))
+        expected = oracle.exact_scale(weight, codes, 4, b, None)
+        np.testing.assert_allclose(scale[b - 1], expected, rtol=2**-21 if k < 2**20 else 2**-16)
+        error = np.asarray(scale[b - 1], np.float64) * oracle.prefix_values(codes, 4, b) - exact
+        assert (np.linalg.norm(error, axis=0) <= (1 + 2**-16) * np.linalg.norm(exact, axis=0)).all()
+
+
+def test_scales_of_weights_at_the_rounding_of_fixed_point():
+    """The most that many small weights can be off, all in one direction: k * 2**-27."""
+    k = 2**16
+    weight = np.full((k, 1), 1.5 * 2.0**-27)
+    weight[0] = 1
+    words, scale = quantize(weight.astype(np.float32), 1, None, None)
+    exact = oracle.exact_scale(weight, np.asarray(unpack(words, k)), 1, 1, None)
+    error = abs(scale[0, 0, 0] / exact.item() - 1)
+    assert k * 2.0**-30 < error <= k * 2.0**-27
 
 
 def test_no_scale_is_infinite():
@@ -211,6 +227,14 @@ def test_no_scale_is_infinite():
 def test_clip_bits_trades_8_bitlayers_for_4():
     assert gaussian_errors(4)[3] < 0.9 * gaussian_errors()[3]
     assert gaussian_errors(4)[7] > gaussian_errors()[7]
+
+
+@pytest.mark.parametrize(("clip_bits", "case"), [(1, "gaussian"), (2, "signs"), (3, "signs")])
+def test_clip_bits_chooses_the_widest_of_equal_ranges(clip_bits, case):
+    """With 1 bitlayer, or weights of one magnitude below 4, all have one error but for its rounding."""
+    weight = gaussian(512, 64) if case == "gaussian" else np.sign(gaussian(512, 64))
+    clipped, plain = (quantize(weight, 4, 64, clip) for clip in (clip_bits, None))
+    jax.tree.map(np.testing.assert_array_equal, clipped, plain)
 
 
 def test_clip_bits_is_the_best_of_the_scales():
