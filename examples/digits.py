@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import options
 import rich.console
 import rich.progress
 from benchmarks.timing import interleaved
 from digits_data import Data, load_digits, load_mnist
 from digits_output import Row, draw, make_table
 from flax import linen as nn
-from options import activation_bits, positive
 
 import pbjax
 
@@ -126,9 +126,7 @@ def num_bytes(params: Any) -> int:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Data]:
     """The options, and the data that they name."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = options.parser_of(__doc__)
     add = parser.add_argument
     add(
         "--mnist",
@@ -137,17 +135,27 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Data]:
         help="read the four IDX files of MNIST (plain or .gz) in DIR instead of scikit-learn's 1,797 digits; "
         "1000 steps suit it, and take some minutes",
     )
-    add("--steps", type=positive, default=150, help=f"training steps of {TRAIN_BATCH} images (default: %(default)s)")
-    add("--hidden", type=positive, default=4096, help="width of both hidden layers (default: %(default)s)")
+    add(
+        "--steps",
+        type=options.steps,
+        default=150,
+        help=f"steps of {TRAIN_BATCH} images (default: %(default)s)",
+    )
+    add("--hidden", type=options.width, default=4096, help="width of both hidden layers (default: %(default)s)")
     add(
         "--activation-bits",
-        type=activation_bits,
+        type=options.activation_bits,
         default=16,
         metavar="A",
         help="width of the fixed-point activations, 2..24, or none for float ones (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="of the initial weights, the batches and the split (default: %(default)s)")
-    add("--output", type=Path, default=Path("digits.png"), help="where the picture goes (default: %(default)s)")
+    add(
+        "--seed",
+        type=options.seed,
+        default=0,
+        help="of weights, batches and the split (default: %(default)s)",
+    )
+    add("--output", type=options.picture, default="digits.png", help="where the picture goes (default: %(default)s)")
     add("--no-progress", dest="progress", action="store_false", help="show no progress bar")
     args = parser.parse_args(argv)
     try:

@@ -14,21 +14,20 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import comparison
 import jax
 import jax.numpy as jnp
 import nli_data
 import numpy as np
-import rich.console
+from evaluation import evaluate
 from flax import nnx
 from nli_data import Data
-from options import positive, recurrent_parser
-from picture import draw
+from options import parse_recurrent, recurrent_parser
 from quality import Row, Task
 from recurrent import CELLS, run_over, train
 
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 2_000  # of the grammar
 TRAIN_BATCH = 128
+WIDTHS = dict(hidden=(1536, 3072), embedding=(64, 300), width=(1024, 3072))  # and those of --paper
 
 
 class PairClassifier(nnx.Module):
@@ -91,19 +90,12 @@ def task_of(model: PairClassifier, data: Data, name: str) -> Task:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Data]:
     parser = recurrent_parser(
-        __doc__,
-        embedding=64,
-        paper="3072, embedding 300",
-        steps=300,
-        step=f"{TRAIN_BATCH} pairs",
-        output="inference_nli.png",
+        __doc__, widths=WIDTHS, steps_of=f"{TRAIN_BATCH} pairs", num_steps=220, output="inference_nli.png"
     )
-    add = parser.add_argument
-    add("--snli", type=Path, metavar="DIR", help="read snli_1.0_train.jsonl and snli_1.0_test.jsonl in DIR")
-    add("--width", type=positive, default=1024, help="width of the hidden layer of the MLP (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.paper:
-        args.hidden, args.width, args.embedding = 3072, 3072, 300
+    parser.add_argument(
+        "--snli", type=Path, metavar="DIR", help="read snli_1.0_train.jsonl and snli_1.0_test.jsonl in DIR"
+    )
+    args = parse_recurrent(parser, argv, WIDTHS)
     try:
         if args.snli is not None:
             return args, nli_data.load_snli(args.snli)
@@ -121,13 +113,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     model = trained(model, data, steps=args.steps, seed=args.seed, progress=args.progress)
     task = task_of(model, data, f"{args.cell.upper()}-{args.hidden} inference")
     print(f"trained on {len(data.train_labels):,} {data.name} in {time.perf_counter() - start:.0f} s")
-    variants, _ = comparison.variants(task, (args.activation_bits,), log=print if args.progress else lambda _: None)
-    rows = comparison.timed(task, variants)
-    title = f"{task.name}, {data.name}"
-    rich.console.Console().print(comparison.make_table(rows, title, task.unit))
-    draw(rows, title, args.output)
-    print(f"wrote {args.output}")
-    return rows
+    return evaluate(task, data.name, args)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,10 @@ def load_file(path: Path, vocabulary: int) -> Text:
       OSError: the file cannot be read.
       ValueError: it is no text, or a short one.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a text must be in UTF-8, but {path} is not: {error}.") from error
     if len(text) < 1000:
         raise ValueError(f"a text must have 1,000 characters or more, but {path} has {len(text)}.")
     cut = len(text) * 9 // 10

@@ -13,21 +13,20 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import comparison
 import jax
 import jax.numpy as jnp
 import language_data
 import numpy as np
-import rich.console
+from evaluation import evaluate
 from flax import nnx
 from language_data import Text
-from options import positive, recurrent_parser
-from picture import draw
+from options import integer, parse_recurrent, recurrent_parser
 from quality import Row, Task
 from recurrent import CELLS, run_over, train, zero_carry
 
 TEST_ROWS, TEST_TOKENS = 32, 8192  # pieces that the test text is cut into, and how much of it is read
 TRAIN_ROWS, TRAIN_LENGTH = 64, 32
+WIDTHS = dict(hidden=(1536, 2048), embedding=(128, 2048))  # and those of --paper
 WRITTEN = 32  # tokens that are written for a time
 
 
@@ -97,23 +96,31 @@ def task_of(model: LanguageModel, text: Text, name: str) -> Task:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Text]:
     parser = recurrent_parser(
-        __doc__,
-        embedding=128,
-        paper="2048 both",
-        steps=200,
-        step=f"{TRAIN_ROWS} pieces",
-        output="language_model.png",
+        __doc__, widths=WIDTHS, steps_of=f"{TRAIN_ROWS} pieces", num_steps=200, output="language_model.png"
     )
-    parser.add_argument("--text", type=Path, metavar="FILE", help="text to learn, instead of Python's documentation")
-    parser.add_argument("--vocabulary", type=positive, default=1024, help="number of tokens (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.paper:
-        args.hidden = args.embedding = 2048
+    add = parser.add_argument
+    add("--text", type=Path, metavar="FILE", help="text to learn (UTF-8), instead of Python's documentation")
+    add(
+        "--vocabulary",
+        type=integer(1, 2**16),
+        default=1024,
+        metavar="N",
+        help="tokens (default: %(default)s)",
+    )
+    args = parse_recurrent(parser, argv, WIDTHS)
     try:
-        load = language_data.load_topics if args.text is None else None
-        text = load(args.vocabulary) if load else language_data.load_file(args.text, args.vocabulary)
+        if args.text is None:
+            text = language_data.load_topics(args.vocabulary)
+        else:
+            text = language_data.load_file(args.text, args.vocabulary)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    least = TRAIN_LENGTH + 2, TEST_ROWS + 1
+    if len(text.train) < least[0] or len(text.test) < least[1]:
+        parser.error(
+            f"a text must have {least[0]} tokens to learn and {least[1]} to test, but {text.name} has "
+            f"{len(text.train)} and {len(text.test)}. Give a longer or more varied one."
+        )
     return args, text
 
 
@@ -126,13 +133,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     task = task_of(model, text, f"{args.cell.upper()}-{args.hidden} language model")
     print(f"trained on {len(text.train):,} tokens of {text.name} in {time.perf_counter() - start:.0f} s")
     print("it writes:", repr(text.decode(np.asarray(task.model.write(jnp.asarray(task.example), WRITTEN)))))
-    variants, _ = comparison.variants(task, (args.activation_bits,), log=print if args.progress else lambda _: None)
-    rows = comparison.timed(task, variants)
-    title = f"{task.name}, {text.name}"
-    rich.console.Console().print(comparison.make_table(rows, title, task.unit))
-    draw(rows, title, args.output)
-    print(f"wrote {args.output}")
-    return rows
+    return evaluate(task, text.name, args)
 
 
 if __name__ == "__main__":

@@ -55,18 +55,17 @@ def load_snli(directory: Path) -> Data:
 
 def _read(path: Path) -> list[Pair]:
     pairs = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-                label, *sentences = (entry[key] for key in ("gold_label", "sentence1", "sentence2"))
-                if label in LABELS:
-                    pairs.append((*(_WORDS.findall(text.lower()) for text in sentences), LABELS.index(label)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"every line of {path} must be a JSON object with gold_label, sentence1 and sentence2, but line "
-                    f"{number} gave {type(error).__name__}: {error}. Download it again."
-                ) from error
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            entry = json.loads(line.decode("utf-8"))
+            label, *sentences = (entry[key] for key in ("gold_label", "sentence1", "sentence2"))
+            if label in LABELS:
+                pairs.append((*(_WORDS.findall(text.lower()) for text in sentences), LABELS.index(label)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"every line of {path} must be a JSON object in UTF-8 with gold_label, sentence1 and sentence2, but "
+                f"line {number} gave {type(error).__name__}: {error}. Download it again."
+            ) from error
     if not pairs:
         raise ValueError(f"{path} must hold labelled pairs, but has none. Download it again.")
     return pairs
@@ -77,7 +76,8 @@ def _data(name: str, train: Iterable[Pair], test: Iterable[Pair]) -> Data:
     train, test = list(train), list(test)
     words = ("", "?", *sorted({word for *sentences, _ in train for sentence in sentences for word in sentence}))
     number = {word: i for i, word in enumerate(words)}
-    length = min(max(len(sentence) for *sentences, _ in (*train, *test) for sentence in sentences), _MAX_WORDS)
+    longest = max(len(sentence) for *sentences, _ in (*train, *test) for sentence in sentences)
+    length = min(max(longest, 1), _MAX_WORDS)  # sentences without a word are padding
 
     def arrays(pairs):
         sentences = np.full((len(pairs), 2, length), PADDING, np.int32)

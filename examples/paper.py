@@ -32,13 +32,13 @@ import jax
 import language_data
 import language_model
 import nli_data
+import options
 import rich.console
 from benchmarks.timing import cpu_model
 from digits_data import load_digits
 from flax import nnx
 from inference_nli import PairClassifier
 from language_model import LanguageModel
-from options import positive
 from paper_output import draw, markdown
 from quality import Row, Task
 
@@ -153,25 +153,53 @@ def read_csv(path: Path) -> list[Row]:
     return [Row(**{name: kinds.get(name, str)(line[name]) for name in names}) for line in lines]
 
 
+def measured(text: str) -> list[Row]:
+    """The type of `--draw`: the rows of a file that `write_csv` made."""
+    try:
+        rows = read_csv(Path(text))
+        for task in dict.fromkeys(row.task for row in rows):
+            here = [row for row in rows if row.task == task]
+            next(row for row in here if row.method == "float32" and row.speedup is not None)
+            equal_bytes.make_table(here, task)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a file that can be read, but got: {error}") from None
+    except (ValueError, LookupError, TypeError, StopIteration, csv.Error) as error:
+        reason = f"{type(error).__name__} {error}".strip()
+        raise argparse.ArgumentTypeError(f"must be a whole file of --csv, but {text} gave: {reason}") from None
+    if not rows:
+        raise argparse.ArgumentTypeError(f"must hold rows of --csv, but {text} has none")
+    return rows
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = options.parser_of(__doc__)
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which of them (default: all)")
-    add("--output", type=Path, default=Path("paper.png"), help="the figure (default: %(default)s)")
-    add("--csv", type=Path, metavar="FILE", help="where all rows go as data, if anywhere")
-    add("--markdown", type=Path, metavar="FILE", help="where the two tables of the README go, if anywhere")
+    add("--output", type=options.picture, default="paper.png", metavar="FILE", help="the figure (default: %(default)s)")
+    add("--csv", type=options.writable, metavar="FILE", help="where all rows go as data, if anywhere")
+    add("--markdown", type=options.writable, metavar="FILE", help="where the two tables of the README go, if anywhere")
     add("--weights", type=Path, metavar="DIR", help="keep trained weights here, for later runs")
     add("--train", action="store_true", help="train only, and write to --weights")
-    add("--draw", type=Path, metavar="CSV", help="measure nothing: draw the rows of such a file")
-    add("--hidden", type=positive, help="width of all hidden layers, instead of 4096, 1536 and 1536")
-    add("--steps", type=positive, help="training steps of each task, instead of 150, 200 and 300")
-    add("--max-seconds", type=float, default=60, help="of timing for each task (default: %(default)s)")
+    add("--draw", type=measured, metavar="CSV", help="measure nothing: draw the rows of such a file")
+    add("--hidden", type=options.width, metavar="N", help="width of all hidden layers, not 4096, 1536 and 1536")
+    add("--steps", type=options.steps, metavar="N", help="training steps of each task, not 150, 200 and 300")
+    add("--max-seconds", type=options.seconds, default=60, metavar="S",
+        help="of timing for each task (default: %(default)s)")  # fmt: skip
     add("--no-progress", dest="progress", action="store_false", help="show no progress")
     args = parser.parse_args(argv)
+    args.tasks = list(dict.fromkeys(args.tasks))
     if args.train and args.weights is None:
         parser.error("--train needs --weights, where the trained weights go")
+    if args.draw and (args.train or args.csv):
+        parser.error("--draw measures nothing, so there is nothing for --train and --csv")
+    if args.weights is not None:
+        try:
+            options.writable(str(args.weights / "digits.safetensors"))
+            for path in (args.weights / f"{name}.safetensors" for name in args.tasks):
+                if path.exists():
+                    pbjax.files.verify(path)
+        except (argparse.ArgumentTypeError, pbjax.files.FileError) as error:
+            parser.error(f"--weights: {error}")
     return args
 
 
@@ -179,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Runs the evaluation with command line arguments, and returns its rows."""
     args = parse(argv)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 130)
-    rows = read_csv(args.draw) if args.draw else []
+    rows = args.draw or []
     for name in () if args.draw else args.tasks:
         task = TASKS[name](args)
         if args.train:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,11 @@ def divergence_of(logits: jax.Array, probabilities: jax.Array, log_probabilities
 
 
 def lost(quality: float, exact: float, metric: str) -> float:
-    """Part of the float32 quality that is lost."""
+    """Part of the float32 quality that is lost; minus infinity if float32 has none to lose."""
+    if quality == exact:
+        return 0.0
+    if exact == 0:
+        return -math.inf
     return (exact - quality) / exact if metric == "accuracy" else (quality - exact) / exact
 
 

@@ -25,7 +25,7 @@ def zero_carry(cell: nnx.RNNCellBase, num_rows: int) -> Any:
 def run_over(cell: nnx.RNNCellBase, inputs: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """The outputs of a cell over sequences: float[rows, length, features] -> float[rows, length, hidden].
 
-    Where `mask`, bool[rows, length], is False the state stays as it was; it has to be True at the first place.
+    Where `mask`, bool[rows, length], is False the state and the output stay as they were, zeros at the beginning.
     """
     mask = jnp.ones(inputs.shape[:2], bool) if mask is None else mask
 
@@ -52,7 +52,8 @@ def train(
 ) -> nnx.Module:
     """A model after `steps` steps of AdamW on batches of inputs and labels, with gradients clipped to a norm of 1."""
     graph, params = nnx.split(model)
-    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, max(steps // 20, 1), steps)
+    warmup = min(max(steps // 20, 1), steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, warmup, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay))
     state = optimizer.init(params)
 

@@ -78,7 +78,7 @@ def check_rows(rows):
 
 class TestSnli:
     def write(self, directory, part, lines):
-        (directory / f"snli_1.0_{part}.jsonl").write_text("\n".join(lines) + "\n")
+        (directory / f"snli_1.0_{part}.jsonl").write_text("\n".join(lines) + "\n", errors="surrogateescape")
 
     def entries(self):
         for i in range(30):
@@ -119,13 +119,15 @@ class TestSnli:
         [
             (None, "No such file"),
             (["{"], "line 1 gave JSONDecodeError"),
+            (["[" * 10**5], "line 1 gave RecursionError"),
+            (["\udcff"], "line 1 gave UnicodeDecodeError"),
             (['{"gold_label": "neutral"}'], "line 1 gave KeyError"),
             (['{"gold_label": "neutral", "sentence1": 1, "sentence2": ""}'], "line 1 gave AttributeError"),
             (['{"gold_label": "-", "sentence1": "", "sentence2": ""}'], "must hold labelled pairs, but has none"),
         ],
     )
     def test_refuses_file(self, tmp_path, lines, message, capsys):
-        if lines:
+        if lines is not None:
             self.write(tmp_path, "train", lines)
         with pytest.raises(SystemExit, match="2"):
             module("inference_nli").main(["--snli", str(tmp_path)])
@@ -158,16 +160,78 @@ class TestText:
         [
             ("short", [], "must have 1,000 characters or more"),
             ("abc " * 300, ["--vocabulary", "4"], "must have room for the 5 characters"),
+            ("a" * 1000, [], "must have 34 tokens to learn and 33 to test, but text.txt has 1 and 100"),
+            ("\udcff" * 1000, [], "must be in UTF-8, but"),
             (None, [], "No such file"),
         ],
     )
     def test_refuses_text(self, tmp_path, content, options, message, capsys):
         path = tmp_path / "text.txt"
         if content:
-            path.write_text(content)
+            path.write_text(content, errors="surrogateescape")
         with pytest.raises(SystemExit, match="2"):
             module("language_model").main(["--text", str(path), *options])
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--steps", "0"], "--steps: must be an integer in 1..1000000, but got '0'"),
+            (["--steps", "9" * 5000], "--steps: must be an integer in 1..1000000"),
+            (["--hidden", "100000000"], "--hidden: must be an integer in 1..32768, but got '100000000'"),
+            (["--seed", "-1"], "--seed: must be an integer in 0..4294967295, but got '-1'"),
+            (["--activation-bits", "25"], "--activation-bits: must lie in 2..24 or be none, but got '25'"),
+            (["--output", "picture"], "--output: must end in one of .png, .svg, .pdf, .jpg, but got 'picture'"),
+            (["--output", f"{__file__}/picture.png"], "--output: must be a file that can be written, but got:"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["digits", "language_model", "inference_nli"])
+    def test_refuses(self, name, options, message, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            module(name).main(options)
+        assert message in " ".join(capsys.readouterr().err.split())
+
+    def test_paper_stands_for_other_defaults(self):
+        args, _ = module("language_model").parse(["--hidden", "32", "--paper"])
+        assert (args.hidden, args.embedding) == (32, 2048)
+        args, _ = module("inference_nli").parse(["--paper"])
+        assert (args.hidden, args.width, args.embedding) == (3072, 3072, 300)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--max-seconds", "nan"], "must be a number of seconds, 0 or more, but got 'nan'"),
+            (["--max-seconds", "-1"], "must be a number of seconds, 0 or more, but got '-1'"),
+            (["--csv", "DIR"], "--csv: must be a file that can be written, but got:"),
+            (["--weights", __file__], "--weights: must be a file that can be written, but got:"),
+            (["--weights", "DIR"], "--weights: "),
+            (["--draw", "DIR/nothing.csv"], "--draw: must be a file that can be read, but got:"),
+            (["--draw", "DIR/empty.csv"], "--draw: must hold rows of --csv"),
+            (["--draw", __file__], "must be a whole file of --csv, but"),
+            (["--draw", "DIR/digits.safetensors"], "must be a whole file of --csv, but"),
+            (["--draw", str(EXAMPLES / "benchmarks/results/paper.csv"), "--train", "--weights", "DIR/w"], "nothing"),
+            (["--train"], "--train needs --weights"),
+        ],
+    )
+    def test_paper_refuses(self, tmp_path, options, message, capsys):
+        (tmp_path / "empty.csv").write_text("")
+        (tmp_path / "digits.safetensors").write_bytes(b"\xff" * 100)
+        with pytest.raises(SystemExit, match="2"):
+            module("paper").main([option.replace("DIR", str(tmp_path)) for option in options])
+        assert message in " ".join(capsys.readouterr().err.split())
+
+    def test_one_step_of_anything(self, tmp_path):
+        """Sentences without a word, one pair to test, one step: nothing divides by zero."""
+        entry = dict(gold_label="neutral", sentence1="", sentence2="")
+        for part in ("train", "test"):
+            (tmp_path / f"snli_1.0_{part}.jsonl").write_text(json.dumps(entry))
+        options = ["--snli", str(tmp_path), "--hidden", "1", "--width", "1", "--embedding", "1", "--steps", "1"]
+        rows = module("inference_nli").main([*options, "--no-progress", "--output", str(tmp_path / "picture.png")])
+        check_rows(rows)
+        assert module("quality").lost(0.0, 0.0, "accuracy") == 0
+        assert module("quality").lost(0.5, 0.0, "accuracy") == -np.inf
 
 
 def test_original_format_by_hand():
