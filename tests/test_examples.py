@@ -93,8 +93,8 @@ class TestDigits:
         [
             (["--activation-bits", "1"], "must lie in 2..24 or be none, but got '1'"),
             (["--activation-bits", "x"], "must lie in 2..24 or be none, but got 'x'"),
-            (["--steps", "0"], "must be a positive integer, but got '0'"),
-            (["--hidden", "-3"], "must be a positive integer, but got '-3'"),
+            (["--steps", "0"], "must be an integer in 1..1000000, but got '0'"),
+            (["--hidden", "-3"], "must be an integer in 1..32768, but got '-3'"),
         ],
     )
     def test_refuses_option(self, digits, args, message, capsys):

@@ -229,7 +229,7 @@ class TestOptions:
             (tmp_path / f"snli_1.0_{part}.jsonl").write_text(json.dumps(entry))
         options = ["--snli", str(tmp_path), "--hidden", "1", "--width", "1", "--embedding", "1", "--steps", "1"]
         rows = module("inference_nli").main([*options, "--no-progress", "--output", str(tmp_path / "picture.png")])
-        check_rows(rows)
+        assert all(np.isfinite(row.quality) and row.ms > 0 for row in rows)
         assert module("quality").lost(0.0, 0.0, "accuracy") == 0
         assert module("quality").lost(0.5, 0.0, "accuracy") == -np.inf
 
