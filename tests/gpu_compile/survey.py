@@ -30,12 +30,10 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 
-import flax.linen as nn
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-import pbjax
 from pallas_kernels.bit_matmul import _mosaic_kernel, _triton_dot, contract, mosaic, triton
 from pbjax import _backends, _partition
 from tests.gpu_compile import bounds, machine_code
@@ -126,7 +124,7 @@ class Network:
     """Launches of the digits network for one image, on an H200, under one set of flags."""
 
     backend: str  # of pbjax, or "dot" for XLA's own
-    method: str  # "f32", "bf16" or "bitlayers"
+    method: str  # "float32", "bfloat16" or "bitlayers"
     flags: str
     launches: int
     in_graphs: int
@@ -441,21 +439,42 @@ def _digits(value: float) -> float:
 
 def networks() -> list[Network]:
     """The digits network for one image, with the flags that the GPU benchmark times."""
-    model = nn.Sequential([nn.Dense(HIDDEN), nn.relu, nn.Dense(HIDDEN), nn.relu, nn.Dense(CLASSES)])
-    image = jax.ShapeDtypeStruct((1, FEATURES), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), image)
-    qparams = jax.eval_shape(functools.partial(pbjax.quantize, bits=STORED), params)
+    layers = ((FEATURES, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, CLASSES))
 
-    def on_bitlayers(backend, qparams, image):
-        with pbjax.use_backend(backend):
-            return pbjax.quantized(model.apply)(qparams, image)
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-    def of(dtype, tree):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+    def on_floats(weights, x):
+        for kernel, bias in weights[:-1]:
+            x = jax.nn.relu(x @ kernel + bias)
+        return x @ weights[-1][0] + weights[-1][1]
 
-    methods = [("dot", "f32", model.apply, params, image)]
-    methods.append(("dot", "bf16", model.apply, of(jnp.bfloat16, params), of(jnp.bfloat16, image)))
-    methods += [(name, "bitlayers", functools.partial(on_bitlayers, name), qparams, image) for name in BACKENDS]
+    def on_bitlayers(backend, weights, x):
+        for i, (words, scale, bias) in enumerate(weights):
+            _, num_words, n = words.shape
+            problem = contract.Problem(
+                m=1, k=num_words * contract.WORD_BITS, n=n, bits=STORED, group_size=None, activation_bits=16
+            )
+            counts = jnp.full((1,), STORED, jnp.int32)
+            choice = _backends.Choice(_backends.BACKENDS[backend])
+            x = (
+                _partition._of_rows(choice, problem, False, jax.nn.relu(x) if i else x, words, scale, counts)
+                + bias[None]
+            )
+        return x
+
+    methods: list[tuple[str, str, Callable[..., Any], Any, Any]] = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        weights = [(array(dtype, k, n), array(dtype, 1, n)) for k, n in layers]
+        methods.append(("dot", dtype.__name__, on_floats, weights, array(dtype, 1, FEATURES)))
+    packed = [
+        (array(jnp.uint32, STORED, k // contract.WORD_BITS, n), array(jnp.float32, 4, 1, n), array(jnp.float32, n))
+        for k, n in layers
+    ]
+    methods += [
+        (name, "bitlayers", functools.partial(on_bitlayers, name), packed, array(jnp.float32, 1, FEATURES))
+        for name in BACKENDS
+    ]
     found = []
     for (backend, method, fn, weights, x), (flags, options) in itertools.product(methods, GRAPHS.items()):
         launches = machine_code.compile_launches(fn, weights, x, gpu="h200", options=options)
@@ -472,7 +491,7 @@ def merged(rows: Sequence[Row]) -> list[Row]:
     return [dataclasses.replace(row, sizes=" ".join(names)) for row, names in sizes.items()]
 
 
-def survey(devices: Sequence[str], bits: Sequence[int], jobs: int) -> tuple[list[Row], list[Network]]:
+def survey(devices: Sequence[str], bits: Sequence[int], jobs: int) -> list[Row]:
     """Everything, each key compiled once, side by side; Mosaic GPU takes one device to a process."""
     by_key: dict[tuple[Any, ...], list[Product]] = {}
     for product in products(devices, bits):
@@ -486,9 +505,7 @@ def survey(devices: Sequence[str], bits: Sequence[int], jobs: int) -> tuple[list
                 rows.update(group_rows)
         seconds = time.monotonic() - start
         sys.stdout.write(f"{device}: {sum(map(len, groups))} products, {len(groups)} compiled, {seconds:.0f} s\n")
-    with _pool(1) as pool:
-        launches = pool.submit(networks).result()
-    return merged([row for product in products(devices, bits) for row in rows[product]]), launches
+    return merged([row for product in products(devices, bits) for row in rows[product]])
 
 
 def _pool(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
@@ -518,9 +535,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if reason := machine_code.unavailable():
         sys.exit(f"cannot compile for a GPU here: {reason}")
-    rows, launches = survey(args.device, args.bits, args.jobs)
+    rows = survey(args.device, args.bits, args.jobs)
     write(args.output / "gpu_machine_code.csv", rows)
-    write(args.output / "gpu_launches.csv", launches)
+    with _pool(1) as pool:
+        write(args.output / "gpu_launches.csv", pool.submit(networks).result())
     sys.stdout.write(f"{len(rows)} rows in {args.output}\n")
 
 
