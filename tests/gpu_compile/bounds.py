@@ -49,10 +49,17 @@ class Loop:
     Attributes:
       opcodes: of one turn, without loops inside of it.
       turns: of a program, by the number of bitlayers in use.
+      called: of the function that it calls, as where an instruction is emulated.
     """
 
     opcodes: tuple[str, ...]
     turns: Callable[[int], float]
+    called: tuple[str, ...] = ()
+
+    @property
+    def issued(self) -> tuple[str, ...]:
+        """In one turn, those of the called function included."""
+        return self.opcodes + self.called * count(self.opcodes, "CALL")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,7 @@ class Work:
 
     def instructions(self, bitlayers: int, *, whole: bool = False) -> float:
         """Of one warp: of its loops over words, or with `whole` of all of its program too."""
-        turned = sum(len(loop.opcodes) * loop.turns(bitlayers) for loop in self.loops)
+        turned = sum(len(loop.issued) * loop.turns(bitlayers) for loop in self.loops)
         rest = len(self.kernel.opcodes) - sum(len(loop.opcodes) for loop in self.loops)
         return turned + (rest if whole or not self.loops else 0)
 
@@ -106,7 +113,7 @@ class Work:
         clocks = gpu.num_sms * gpu.clock_ghz * 1e9
 
         def executed(prefix: str) -> float:
-            turned = sum(count(loop.opcodes, prefix) * loop.turns(bitlayers) for loop in self.loops)
+            turned = sum(count(loop.issued, prefix) * loop.turns(bitlayers) for loop in self.loops)
             return turned * self.programs * self.warps
 
         seconds = [executed("POPC") * LANES / POPC_PER_CLOCK / clocks]
@@ -153,9 +160,12 @@ class Work:
 
     @property
     def load_bytes(self) -> int:
-        """Of the narrowest load from memory in the loops, or in the kernel where there is no loop."""
-        opcodes = [opcode for loop in self.loops for opcode in loop.opcodes] or self.kernel.opcodes
-        return min((width(opcode) for opcode in opcodes if opcode.startswith(_LOADS)), default=0)
+        """Of the narrowest load from memory in the innermost loops; where there is no loop, of most loads."""
+        innermost = [opcode for loop in self.loops if loop.opcodes in self.kernel.loops for opcode in loop.opcodes]
+        widths = [width(opcode) for opcode in innermost or self.kernel.opcodes if opcode.startswith(_LOADS)]
+        if self.loops:
+            return min(widths, default=0)
+        return max(set(widths), key=widths.count, default=0)
 
 
 def width(opcode: str) -> int:

@@ -66,14 +66,15 @@ class Row:
       sweep: whether it returns the product at every number of bitlayers.
       m: rows of activations.
       activation_bits: of fixed-point activations; None are bfloat16 ones.
-      bits: stored. With 8, `bitlayers` are 1 to 8 of them; with fewer, all.
-      bitlayers: in use; all, of a sweep.
+      bits: stored.
+      bitlayers: in use: numbers with spaces between them, as in all columns that depend on it. With 8 stored they are 1
+        to 8, with fewer, or in a sweep, all.
       sizes: of the weight, k x n.
       config: launch parameters.
       registers: of a lane.
       shared_bytes: of a program.
       local_bytes: spilled or on the stack, of a lane.
-      load_bytes: the narrowest load in the loops over words.
+      load_bytes: the narrowest load in the innermost loops over words; without loops, the most frequent one.
       bmma, imma, hmma, popc: instructions in the kernel, those of warpgroups included.
       programs: of the launch.
       warps_per_sm: that fit.
@@ -95,7 +96,7 @@ class Row:
     m: int
     activation_bits: int | None
     bits: int
-    bitlayers: int
+    bitlayers: str
     sizes: str
     config: str
     registers: int
@@ -108,13 +109,13 @@ class Row:
     popc: int
     programs: int
     warps_per_sm: int
-    instructions_per_word: float
+    instructions_per_word: str
     bytes_in_flight: int
     covered_ns: int
-    issue: float
-    program: float
-    unit: float | None
-    traffic: float
+    issue: str
+    program: str
+    unit: str
+    traffic: str
     launches: int
     other_kernels_local_bytes: int
 
@@ -164,7 +165,10 @@ def products(devices: Sequence[str] = tuple(DEVICES), bits: Sequence[int] = BITS
 
 def _unrolled(product: Product) -> bool:
     """Whether the kernel has code for each stored bitlayer, and is another one where fewer are stored."""
-    return isinstance(product.config, triton.Int8Config | triton.UnpackConfig)
+    config = product.config
+    if isinstance(config, triton.DotConfig):
+        return not _counts_bitlayers_in_a_loop(config)
+    return isinstance(config, triton.Int8Config | triton.UnpackConfig)
 
 
 def _key(product: Product) -> tuple[Any, ...]:
@@ -249,18 +253,26 @@ def _having(loops: Sequence[tuple[str, ...]], *prefixes: str) -> list[tuple[str,
     return [loop for loop in loops if any(machine_code.count(loop, prefix) for prefix in prefixes)]
 
 
-def _bitlayer_loops(
-    units: Sequence[str], kernel: machine_code.Kernel, product: Product, words: float
-) -> tuple[bounds.Loop, ...]:
+def _bitlayer_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
     """One loop over bitlayers, all of whose 16-byte loads are of words, and perhaps one over blocks around it."""
-    (loop,) = _having(kernel.loops, *units)
+    (loop,) = _having(kernel.loops, "LDG.E.128")
     of_turn = sum(bounds.width(opcode) for opcode in loop if opcode.startswith("LDG.E.128")) / 4
-    inner = bounds.Loop(opcodes=loop, turns=lambda used: words * used / of_turn)
+    called = _called(kernel) if machine_code.count(loop, "CALL") else ()
+    inner = bounds.Loop(opcodes=loop, turns=lambda used: words * used / of_turn, called=called)
     if product.sweep:  # bitlayers outside, blocks inside
         outer = [bounds.Loop(opcodes=own, turns=lambda used: used) for own in kernel.outer_loops]
     else:
         outer = [bounds.Loop(opcodes=own, turns=lambda used: words / of_turn) for own in kernel.outer_loops]
     return inner, *outer
+
+
+def _called(kernel: machine_code.Kernel) -> tuple[str, ...]:
+    """The one function that a kernel calls, behind its end."""
+    ends = [i for i, opcode in enumerate(kernel.opcodes) if opcode.startswith("EXIT")]
+    returns = [i for i, opcode in enumerate(kernel.opcodes) if opcode.startswith("RET")]
+    (stop,) = returns
+    start = max(end for end in ends if end < stop) + 1
+    return kernel.opcodes[start : stop + 1]
 
 
 def _lane_words(product: Product) -> float:
@@ -269,15 +281,15 @@ def _lane_words(product: Product) -> float:
     return config.block_words * config.block_n / (bounds.LANES * config.num_warps)
 
 
-def _int8_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
+def _block_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
     """A loop over blocks of words for each pass over limbs; its instructions are those of all stored bitlayers."""
     turns = words / _lane_words(product)
-    loops = _having(kernel.loops, "IMMA", "IGMMA")
+    loops = _having(kernel.loops, "IMMA", "IGMMA", "HMMA", "HGMMA")
     bits = product.problem.bits if product.sweep else 1  # a program takes one bitlayer of a sweep
     return tuple(bounds.Loop(opcodes=loop, turns=lambda used: turns * bits) for loop in loops)
 
 
-def _dot_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
+def _turned_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
     """Eight turns for a block of words, of 4 bit positions each; inside, a loop over bitlayers that loads them."""
     turns = 8 * words / _lane_words(product)
     if product.sweep:  # a program takes one bitlayer, and has one loop
@@ -291,6 +303,16 @@ def _dot_loops(kernel: machine_code.Kernel, product: Product, words: float) -> t
     )
 
 
+def _dot_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
+    """Of whichever of the two forms."""
+    form = _turned_loops if _counts_bitlayers_in_a_loop(product.config) else _block_loops
+    return form(kernel, product, words)
+
+
+def _counts_bitlayers_in_a_loop(config: Any) -> bool:
+    return hasattr(config, "num_blocks")
+
+
 def _no_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
     """All words of a program in straight code."""
     del product, words
@@ -300,9 +322,9 @@ def _no_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tu
 
 # Where a kernel's loops change, its functions here have to; where there is none for a kernel, that is an error.
 _FAMILIES: Mapping[type, Family] = {
-    mosaic.Config: Family(name="bit_matmul_mosaic", loops=functools.partial(_bitlayer_loops, ("BMMA", "IMMA"))),
-    triton.SerialConfig: Family(name="bit_matmul_serial", loops=functools.partial(_bitlayer_loops, ("POPC",))),
-    triton.Int8Config: Family(name="bit_matmul_int8", loops=_int8_loops),
+    mosaic.Config: Family(name="bit_matmul_mosaic", loops=_bitlayer_loops),
+    triton.SerialConfig: Family(name="bit_matmul_serial", loops=_bitlayer_loops),
+    triton.Int8Config: Family(name="bit_matmul_int8", loops=_block_loops),
     triton.DotConfig: Family(name="bit_matmul_dot", loops=_dot_loops),
     triton.UnpackConfig: Family(name="bit_matmul_unpack", loops=_no_loops),
 }
@@ -371,8 +393,8 @@ def row_blocks(product: Product) -> int:
     return -(-product.problem.m // rows)
 
 
-def rows_of(product: Product, compiled: Compiled) -> Iterator[Row]:
-    """By the number of bitlayers in use."""
+def row_of(product: Product, compiled: Compiled) -> Row:
+    """What is known of one product."""
     problem, traced, kernel = product.problem, trace(product), compiled.kernel
     words = problem.num_words * problem.n
     lane_words = words * row_blocks(product) / (traced.programs * traced.warps * bounds.LANES)
@@ -386,37 +408,40 @@ def rows_of(product: Product, compiled: Compiled) -> Iterator[Row]:
         words=words,
         tensor_operations=_tensor_operations(product),
     )
-    for used in (problem.bits,) if product.sweep or problem.bits < STORED else BITS:
-        moved = 4 * words * used
-        unit = work.unit(used)
-        yield Row(
-            device=product.device,
-            backend=product.backend,
-            kernel=kernel.name.removeprefix("bit_matmul_").removesuffix("_gpu_kernel"),
-            sweep=product.sweep,
-            m=problem.m,
-            activation_bits=problem.activation_bits,
-            bits=problem.bits,
-            bitlayers=used,
-            sizes=f"{problem.k}x{problem.n}",
-            config=" ".join(f"{name}={value}" for name, value in dataclasses.asdict(product.config).items()),
-            registers=kernel.registers,
-            shared_bytes=compiled.shared_bytes,
-            local_bytes=_local_bytes(kernel),
-            load_bytes=work.load_bytes,
-            **{name: sum(kernel.count(prefix) for prefix in prefixes) for name, prefixes in UNITS.items()},
-            programs=traced.programs,
-            warps_per_sm=work.warps_per_sm,
-            instructions_per_word=round(work.instructions(used) / (lane_words * used), 2),
-            bytes_in_flight=round(work.bytes_in_flight),
-            covered_ns=round(work.covered_ns),
-            issue=_digits(work.issue(used)),
-            program=_digits(work.issue(used, whole=True)),
-            unit=None if unit is None else _digits(unit),
-            traffic=_digits(moved / (moved + traced.other_bytes)),
-            launches=compiled.launches,
-            other_kernels_local_bytes=compiled.other_kernels_local_bytes,
-        )
+    counts = (problem.bits,) if product.sweep or problem.bits < STORED else BITS
+
+    def by_count(value: Callable[[int], float | None]) -> str:
+        values = [value(used) for used in counts]
+        return " ".join("" if value is None else f"{value:.3g}" for value in values).strip()
+
+    return Row(
+        device=product.device,
+        backend=product.backend,
+        kernel=kernel.name.removeprefix("bit_matmul_").removesuffix("_gpu_kernel"),
+        sweep=product.sweep,
+        m=problem.m,
+        activation_bits=problem.activation_bits,
+        bits=problem.bits,
+        bitlayers=" ".join(map(str, counts)),
+        sizes=f"{problem.k}x{problem.n}",
+        config=" ".join(f"{name}={value}" for name, value in dataclasses.asdict(product.config).items()),
+        registers=kernel.registers,
+        shared_bytes=compiled.shared_bytes,
+        local_bytes=_local_bytes(kernel),
+        load_bytes=work.load_bytes,
+        **{name: sum(kernel.count(prefix) for prefix in prefixes) for name, prefixes in UNITS.items()},
+        programs=traced.programs,
+        warps_per_sm=work.warps_per_sm,
+        instructions_per_word=by_count(lambda used: work.instructions(used) / (lane_words * used)),
+        bytes_in_flight=round(work.bytes_in_flight),
+        covered_ns=round(work.covered_ns),
+        issue=by_count(work.issue),
+        program=by_count(lambda used: work.issue(used, whole=True)),
+        unit=by_count(work.unit),
+        traffic=by_count(lambda used: 4 * words * used / (4 * words * used + traced.other_bytes)),
+        launches=compiled.launches,
+        other_kernels_local_bytes=compiled.other_kernels_local_bytes,
+    )
 
 
 def _tensor_operations(product: Product) -> tuple[str, float] | None:
@@ -430,11 +455,6 @@ def _tensor_operations(product: Product) -> tuple[str, float] | None:
         return None
     sums = problem.bits if product.sweep else len(problem.code_limbs)
     return operands, 2.0 * row_blocks(product) * config.block_rows * problem.k * problem.n * factor * sums
-
-
-def _digits(value: float) -> float:
-    """Three that count."""
-    return float(f"{value:.3g}")
 
 
 def networks() -> list[Network]:
@@ -496,7 +516,7 @@ def survey(devices: Sequence[str], bits: Sequence[int], jobs: int) -> list[Row]:
     by_key: dict[tuple[Any, ...], list[Product]] = {}
     for product in products(devices, bits):
         by_key.setdefault(_key(product), []).append(product)
-    rows: dict[Product, list[Row]] = {}
+    rows: dict[Product, Row] = {}
     for device in devices:
         groups = [group for key, group in by_key.items() if key[0] == device]
         start = time.monotonic()
@@ -505,16 +525,16 @@ def survey(devices: Sequence[str], bits: Sequence[int], jobs: int) -> list[Row]:
                 rows.update(group_rows)
         seconds = time.monotonic() - start
         sys.stdout.write(f"{device}: {sum(map(len, groups))} products, {len(groups)} compiled, {seconds:.0f} s\n")
-    return merged([row for product in products(devices, bits) for row in rows[product]])
+    return merged([rows[product] for product in products(devices, bits)])
 
 
 def _pool(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
 
-def _rows_of_group(group: Sequence[Product]) -> dict[Product, list[Row]]:
+def _rows_of_group(group: Sequence[Product]) -> dict[Product, Row]:
     compiled = compile_product(group[0])
-    return {product: list(rows_of(product, compiled)) for product in group}
+    return {product: row_of(product, compiled) for product in group}
 
 
 def write(path: pathlib.Path, rows: Sequence[Any]) -> None:
