@@ -221,7 +221,8 @@ def _product(
     codes, unit, poison = module.quantize_rows(problem, x, sweep=sweep, config=config, **options)
     if isinstance(codes, limbs.Packed):  # for a kernel, which finishes its rows itself
         return multiply(codes._replace(steps=(unit, poison)), *weight)
-    return multiply(codes, *weight) * unit[:, None] + poison[:, None]
+    column = (None,) * sweep + (slice(None), None)  # as the result has axes
+    return multiply(codes, *weight) * unit[column] + poison[column]
 
 
 def _operands(problem: contract.Problem, dtype: str, sweep: bool = False) -> tuple[jax.Array, ...]:
