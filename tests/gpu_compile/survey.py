@@ -43,6 +43,7 @@ RESULTS = pathlib.Path(__file__).parents[2] / "examples" / "benchmarks" / "resul
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
 SIZES = ((4096, 4096), (8192, 8192), (4096, 14336), (14336, 4096), (8192, 28672))
 WIDTHS = (8, 16, None)
+FLOAT = jnp.bfloat16  # activations without a width
 BITS = tuple(range(1, 9))
 STORED = 8  # of which all smaller numbers are taken where the code is the same
 BACKENDS: Mapping[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
@@ -144,10 +145,12 @@ class Product:
     @property
     def config(self) -> Any:
         """That of the heuristics; sweeps do not unpack."""
-        config = BACKENDS[self.backend].config_for(self.problem)
-        return (
-            _triton_dot.config_for(self.problem) if self.sweep and isinstance(config, triton.UnpackConfig) else config
-        )
+        if self.backend == "mosaic":
+            return mosaic.config_for(self.problem)
+        config = triton.config_for(self.problem, FLOAT)
+        if self.sweep and isinstance(config, triton.UnpackConfig):
+            return _triton_dot.config_for(self.problem, jnp.dtype(FLOAT))
+        return config
 
 
 def products(devices: Sequence[str] = tuple(DEVICES), bits: Sequence[int] = BITS) -> Iterator[Product]:
@@ -166,10 +169,7 @@ def products(devices: Sequence[str] = tuple(DEVICES), bits: Sequence[int] = BITS
 
 def _unrolled(product: Product) -> bool:
     """Whether the kernel has code for each stored bitlayer, and is another one where fewer are stored."""
-    config = product.config
-    if isinstance(config, triton.DotConfig):
-        return not _counts_bitlayers_in_a_loop(config)
-    return isinstance(config, triton.Int8Config | triton.UnpackConfig)
+    return isinstance(product.config, triton.Int8Config | triton.DotConfig | triton.UnpackConfig)
 
 
 def _key(product: Product) -> tuple[Any, ...]:
@@ -223,7 +223,7 @@ def compile_product(product: Product) -> Compiled:
 def described(product: Product) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The operands of `_of_rows`."""
     problem = product.problem
-    dtype = jnp.bfloat16 if problem.activation_bits is None else jnp.float32
+    dtype = FLOAT if problem.activation_bits is None else jnp.float32
     return (
         jax.ShapeDtypeStruct((problem.m, problem.k), dtype),
         jax.ShapeDtypeStruct((problem.bits, problem.num_words, problem.n), jnp.uint32),
@@ -290,30 +290,6 @@ def _block_loops(kernel: machine_code.Kernel, product: Product, words: float) ->
     return tuple(bounds.Loop(opcodes=loop, turns=lambda used: turns * bits) for loop in loops)
 
 
-def _turned_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
-    """Eight turns for a block of words, of 4 bit positions each; inside, a loop over bitlayers that loads them."""
-    turns = 8 * words / _lane_words(product)
-    if product.sweep:  # a program takes one bitlayer, and has one loop
-        loops = _having(kernel.loops, "HMMA", "HGMMA")
-        return tuple(bounds.Loop(opcodes=loop, turns=lambda used: turns * used) for loop in loops)
-    dots = _having(kernel.outer_loops, "HMMA", "HGMMA")
-    loads = _having(kernel.loops, "LDG.E.128")
-    return (
-        *(bounds.Loop(opcodes=loop, turns=lambda used: turns) for loop in dots),
-        *(bounds.Loop(opcodes=loop, turns=lambda used: turns * used) for loop in loads),
-    )
-
-
-def _dot_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
-    """Of whichever of the two forms."""
-    form = _turned_loops if _counts_bitlayers_in_a_loop(product.config) else _block_loops
-    return form(kernel, product, words)
-
-
-def _counts_bitlayers_in_a_loop(config: Any) -> bool:
-    return hasattr(config, "num_blocks")
-
-
 def _no_loops(kernel: machine_code.Kernel, product: Product, words: float) -> tuple[bounds.Loop, ...]:
     """All words of a program in straight code."""
     del product, words
@@ -326,7 +302,7 @@ _FAMILIES: Mapping[type, Family] = {
     mosaic.Config: Family(name="bit_matmul_mosaic", loops=_bitlayer_loops),
     triton.SerialConfig: Family(name="bit_matmul_serial", loops=_bitlayer_loops),
     triton.Int8Config: Family(name="bit_matmul_int8", loops=_block_loops),
-    triton.DotConfig: Family(name="bit_matmul_dot", loops=_dot_loops),
+    triton.DotConfig: Family(name="bit_matmul_dot", loops=_block_loops),
     triton.UnpackConfig: Family(name="bit_matmul_unpack", loops=_no_loops),
 }
 
