@@ -187,6 +187,8 @@ def _key(product: Product) -> tuple[Any, ...]:
         config,
         problem.n % getattr(config, "block_n", 1) == 0,
         problem.num_words % getattr(config, "split_words", 1) == 0,
+        # How the 1-bit kernel makes addresses depends on the strides; XLA's dot has launches of its own for each shape.
+        (problem.k, problem.n) if isinstance(config, mosaic.Config | triton.UnpackConfig) else None,
     )
 
 
