@@ -659,6 +659,48 @@ class TestRatios:
         assert cell(None, "speedup_over_bf16", None) == ""
         assert len(list(rooms.gpu_summary.tables(list(found.values())))) == 2
 
+    def test_what_is_asked_and_what_was_measured(self, rooms, on_gpu):
+        """The worst of all rows counts; of the host's clock, small weights and a warm cache none do."""
+        method, times_of = rooms.gpu_timing.Method, device_time.Times
+
+        def make(shape, bf16_us, times, bandwidth=1e12):
+            taken = {
+                method(name=name, bitlayers=used, activation_bits=width, backend="b"): us
+                for (name, used, width), us in {("bf16", None, None): bf16_us, **times}.items()
+            }
+            found = {
+                (key, "cold"): device_time.Measured(
+                    device=times_of(span_us=us, p20_us=us, p80_us=us, kernels_us=us, idle_us=0.0, kernels=1),
+                    host_us=us,
+                    runs=1,
+                )
+                for key, us in taken.items()
+            }
+            calls = {key: types.SimpleNamespace(bytes=int(8e7)) for key in taken}  # 80 us at this bandwidth
+            return rooms.gpu_rows.rows_of_shape(on_gpu.facts, shape, calls, found, bandwidth=bandwidth)
+
+        large, small = (1, 8192, 8192), (1, 4096, 4096)
+        rows = make(
+            large,
+            400.0,
+            {("bitlayers", 4, 8): 100.0, ("bitlayers", 8, 8): 160.0, ("sweep", 8, 8): 200.0, ("bitlayers", 2, 8): 81.0},
+        )
+        rows += make(small, 1.0, {("bitlayers", 4, 8): 1000.0})
+        rows += make((64, 8192, 8192), 100.0, {("bitlayers", 8, None): 105.0, ("bitlayers", 8, 16): 160.0})
+        table = rooms.gpu_summary.targets(rows)
+        cells = list(zip(*(column.cells for column in table.columns), strict=True))
+        assert [(text, value, reached) for text, _, value, _, reached in cells] == [
+            ("1 row: fraction of the memory limit", "0.50", "no"),
+            ("1 row, 4 bitlayers: speed over bf16", "4.00", "yes"),
+            ("1 row, 2 bitlayers: speed over bf16", "4.94", "no"),
+            ("64 rows or more, floats: time over bf16", "1.05", "yes"),
+            ("64 rows or more, 16 bits: time over bf16", "1.60", "no"),
+            ("1 row: time of b of 8 bitlayers, off b / 8 by", "1.02", "no"),
+            ("1 row: time of a sweep over all bitlayers'", "1.25", "yes"),
+        ]
+        host = [dataclasses.replace(row, clock="host") for row in rows]
+        assert rooms.gpu_summary.targets(host) is None
+
     def test_columns_of_another_version_are_refused(self, rooms, tmp_path):
         path = tmp_path / "old.csv"
         path.write_text("date,wall_us\n1,2\n")
