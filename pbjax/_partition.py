@@ -70,7 +70,7 @@ def _of_rows(
         run = functools.partial(backend.prefixes if prefixes else backend.matmul, local)
         if backend.whole:
             return run
-        quantize = functools.partial(backend.quantize_rows, local) if backend.quantize_rows else None
+        quantize = backend.quantize_rows and functools.partial(backend.quantize_rows, local, sweep=prefixes)
         return lambda x, *weight: on_codes(
             lambda codes: run(codes, *weight), x, problem.activation_bits, quantize=quantize
         )

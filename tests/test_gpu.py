@@ -121,27 +121,27 @@ def test_a_sweep_has_the_bits_of_its_products(m, backend, seed):
         np.testing.assert_array_equal(sweep[count - 1], expected)
 
 
+@each_kernel
 @pytest.mark.parametrize("m", [2, 64])
-def test_candidates_of_the_tuner_have_the_same_bits(m, seed):
-    for backend, module in KERNELS.items():
-        problem = large(m, 8, k=1024, n=512)
-        if _backends.BACKENDS[backend].refusal(problem, "cuda"):
-            continue
-        args = large_operands(problem, seed)
-        expected = jax.jit(functools.partial(xla.matmul, problem))(*args)
-        for config in module.candidates(problem):
-            y = jax.jit(functools.partial(module.matmul, problem, config=config))(*args)
-            np.testing.assert_array_equal(y, expected, err_msg=str(config))
+def test_candidates_of_the_tuner_have_the_same_bits(m, backend, seed):
+    problem = large(m, 8, k=1024, n=512)
+    skip_unless_it_runs(backend, problem)
+    args = large_operands(problem, seed)
+    expected = jax.jit(functools.partial(xla.matmul, problem))(*args)
+    for config in KERNELS[backend].candidates(problem):
+        y = jax.jit(functools.partial(KERNELS[backend].matmul, problem, config=config))(*args)
+        np.testing.assert_array_equal(y, expected, err_msg=str(config))
 
 
+@pytest.mark.parametrize("backend", ["triton"])  # named, so that a fault is that backend's
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("m", [1, 64, 256])
-def test_float_activations(m, dtype, seed):
+def test_float_activations(m, dtype, backend, seed):
     """Against float64; gamma of the 4096 terms, three parts each."""
     problem = dataclasses.replace(large(m, 8), activation_bits=None)
     _, words, scale, counts = large_operands(large(m, 8), seed)
     x = jax.random.normal(jax.random.key(seed), (m, problem.k), dtype)
-    y = np.asarray(jax.jit(functools.partial(triton.matmul, problem))(x, words, scale, counts), np.float64)
+    y = np.asarray(jax.jit(functools.partial(KERNELS[backend].matmul, problem))(x, words, scale, counts), np.float64)
     bits = np.unpackbits(np.asarray(words).view(np.uint8).reshape(8, -1, problem.n, 4), axis=-1, bitorder="little")
     bits = np.moveaxis(bits, -1, 2).reshape(8, problem.k, problem.n)
     x = np.asarray(x, np.float64)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import json
+import os
+import signal
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -20,7 +24,8 @@ from pallas_kernels import device_time
 from pallas_kernels.bit_matmul import mosaic, triton
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
-ROOMS = ("gpu", "gpu_baselines", "gpu_checks", "gpu_network", "gpu_products", "gpu_rows", "gpu_summary", "gpu_timing")
+NAMES = ("baselines", "bits", "checks", "network", "products", "rows", "shapes", "summary", "timing", "worker")
+ROOMS = ("gpu", *(f"gpu_{name}" for name in NAMES))
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def rooms(monkeypatch):
 
 @pytest.fixture
 def on_gpu(rooms, monkeypatch):
-    """The benchmark believes in a GPU; its checks pass, and what it times is little."""
+    """The benchmark believes in a GPU; its checks pass, what it times is little, and is timed in this process."""
     found = rooms.facts.Facts(
         date="2026-01-01", commit="abc", code="123", device="NVIDIA Test", jax="1", jaxlib="1", platform_version="1"
     )
@@ -40,19 +45,30 @@ def on_gpu(rooms, monkeypatch):
     monkeypatch.setattr(rooms.gpu, "SIZES", ((64, 16),))
     make_calls = rooms.gpu_timing.make_calls
 
-    def few_calls(m, k, n, *, copies):
-        calls = make_calls(m, k, n, copies=2)
+    def few_calls(m, k, n, *, copies, refused):
+        calls = make_calls(m, k, n, copies=2, refused=refused)
         kept = [method for method in calls if method.backend == "xla" or method.bitlayers == 1]
         return {method: calls[method] for method in kept if method.bitlayers in (None, 1)}
 
     monkeypatch.setattr(rooms.gpu_timing, "make_calls", few_calls)
     passed = rooms.gpu_checks.Outcome(outcome="passed", seconds=1)
     calls = []
-    monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda seconds: calls.append("bits") or passed)
+    monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda *args: calls.append("bits") or passed)
     monkeypatch.setattr(
         rooms.gpu_checks, "sanitize", lambda seconds, names: calls.extend(names) or dict.fromkeys(names, passed)
     )
     monkeypatch.setattr(rooms.gpu_network, "measure", lambda facts, **sizes: calls.append("network") or iter(()))
+
+    def events(run, job):
+        told = []
+        try:
+            rooms.gpu_shapes.run(job, told.append)
+        except Exception as error:
+            yield from told
+            raise rooms.gpu_worker.Died("it ended with status 1") from error
+        yield from told
+
+    monkeypatch.setattr(rooms.gpu, "_events", events)
     return types.SimpleNamespace(facts=found, calls=calls)
 
 
@@ -111,7 +127,8 @@ class TestWhole:
         assert rooms.gpu.main(arguments) == []
         assert "done: 7 products" in capsys.readouterr().err
         rooms.gpu.main([*arguments, "--resume"])
-        assert on_gpu.calls == ["bits", "memcheck", "racecheck", "initcheck", "network", "racecheck"]
+        # No time was left for the network either.
+        assert on_gpu.calls == ["bits", "memcheck", "racecheck", "initcheck", "racecheck"]
 
     def test_a_finding_is_told_at_the_end(self, rooms, on_gpu, tmp_path, monkeypatch):
         found = rooms.gpu_checks.Outcome(outcome="failed", seconds=9, text="========= Invalid __global__ read\n")
@@ -125,13 +142,25 @@ class TestWhole:
             raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
 
         monkeypatch.setattr(rooms.gpu_network, "measure", measure)
-        with pytest.raises(SystemExit, match=r"the network does not run on \w+: INTERNAL: no such kernel"):
+        with pytest.raises(SystemExit, match=r"network does not run on \w+: INTERNAL: no such kernel"):
             rooms.gpu.main(["--m", "1", "--runs", "1", "--output", str(tmp_path / "gpu.csv")])
         assert len(rooms.gpu_rows.read(tmp_path / "gpu.csv", rooms.gpu_rows.Row)) == 2 * (6 + 3)
 
-    def test_wrong_bits_are_not_timed(self, rooms, on_gpu, tmp_path, monkeypatch):
-        wrong = rooms.gpu_checks.Outcome(outcome="failed", seconds=9)
-        monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda seconds: wrong)
+    def test_a_backend_of_wrong_bits_is_not_timed(self, rooms, on_gpu, tmp_path, monkeypatch, capsys):
+        failed = ("tests/test_gpu.py::test_fixed_point_is_exact[w1a8-mosaic]",)
+        wrong = rooms.gpu_checks.Outcome(outcome="failed", seconds=9, text="1 failed\n", failed=failed)
+        monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda *args: wrong)
+        jobs, events = [], rooms.gpu._events
+        monkeypatch.setattr(rooms.gpu, "_events", lambda run, job: jobs.append(job) or events(run, job))
+        with pytest.raises(SystemExit, match=r"^1 tests of bits failed: mosaic was not timed$"):
+            rooms.gpu.main(["--m", "1", "--runs", "1", "--output", str(tmp_path / "gpu.csv")])
+        assert [job.refused for job in jobs] == [["mosaic"]]
+        assert len(rooms.gpu_rows.read(tmp_path / "gpu.csv", rooms.gpu_rows.Row)) == 2 * (6 + 3)
+
+    @pytest.mark.parametrize("tests", [("test_a[mosaic]", "test_b[triton]"), ("test_a",)])
+    def test_nothing_is_timed_without_a_backend_of_right_bits(self, rooms, on_gpu, tmp_path, monkeypatch, tests):
+        wrong = rooms.gpu_checks.Outcome(outcome="failed", seconds=9, failed=tests)
+        monkeypatch.setattr(rooms.gpu_checks, "check_bits", lambda *args: wrong)
         with pytest.raises(SystemExit, match=r"did not pass or did not run: nothing was timed"):
             rooms.gpu.main(["--output", str(tmp_path / "gpu.csv")])
         assert not (tmp_path / "gpu.csv").exists()
@@ -150,6 +179,358 @@ class TestWhole:
         with pytest.raises(SystemExit):
             rooms.gpu.main(["--runs", "32"])
         assert "must be in 1..31, as many as can wait for a GPU, but got 32" in capsys.readouterr().err
+
+
+class TestLosses:
+    """Processes that die while they time: what that costs."""
+
+    @pytest.fixture
+    def lose(self, rooms, on_gpu, tmp_path, monkeypatch):
+        """Runs three shapes with a worker that dies where the test says; returns the steps each job did."""
+        monkeypatch.setattr(rooms.gpu, "SIZES", ((64, 16),))
+
+        def run(dies, *more):
+            jobs = []
+
+            def events(run, job):
+                jobs.append(job)
+                for step in [*(["network"] * bool(job.network_output)), *(f"m={m} {k}x{n}" for m, k, n in job.shapes)]:
+                    yield dict(event="begin", step=step)
+                    yield from dies(step, job, rooms.gpu_worker.Died)
+                    yield dict(event="done", step=step)
+
+            monkeypatch.setattr(rooms.gpu, "_events", events)
+            arguments = ["--m", "1", "8", "64", "--output", str(tmp_path / "gpu.csv"), *more]
+            try:
+                rooms.gpu.main(arguments)
+            except SystemExit as error:
+                told = str(error)
+            else:
+                told = ""
+            steps = rooms.gpu_rows.read(tmp_path / "gpu_steps.csv", rooms.gpu_rows.Step)
+            notes = [(s.step, s.outcome, s.reason) for s in steps if s.step not in ("bits", *rooms.gpu_checks.TOOLS)]
+            return jobs, notes, told
+
+        return run
+
+    def test_a_shape_without_a_name_for_what_crashed_is_given_up(self, lose):
+        def dies(step, job, died):
+            if step == "m=8 64x16":
+                yield dict(event="trying", step=step, kind=None)
+                raise died("it ended with signal SIGSEGV")
+
+        jobs, notes, told = lose(dies)
+        assert [job.shapes for job in jobs] == [[(1, 64, 16), (8, 64, 16), (64, 64, 16)], [(64, 64, 16)]]
+        assert notes == [("network", "passed", ""), ("m=8 64x16", "failed", "it ended with signal SIGSEGV")]
+        assert told == "m=8 64x16: it ended with signal SIGSEGV"
+
+    def test_what_crashed_by_name_is_left_out_of_its_shape(self, lose):
+        kind = "bitlayers A=8 mosaic"
+
+        def dies(step, job, died):
+            if step == "m=8 64x16" and kind not in job.without.get(step, ()):
+                yield dict(event="trying", step=step, kind=kind)
+                raise died("it ended with status 1")
+
+        jobs, _, told = lose(dies)
+        assert [len(job.shapes) for job in jobs] == [3, 2]  # the shape again, without it
+        assert jobs[1].without == {"m=8 64x16": [kind]}
+        assert told == f"m=8 64x16: it ended with status 1 during {kind}"
+
+    def test_what_crashes_everywhere_is_left_out_of_all(self, lose):
+        kind = "sweep A=16 mosaic"
+
+        def dies(step, job, died):
+            left_out = [*job.without.get(step, ()), *job.without.get("", ())]
+            if step != "network" and kind not in left_out:
+                yield dict(event="trying", step=step, kind=kind)
+                raise died("it told nothing for 120 s")
+
+        jobs, _, told = lose(dies)
+        assert [len(job.shapes) for job in jobs] == [3, 3, 2, 1]
+        assert jobs[-1].without[""] == [kind]
+        assert told.count(kind) == 3
+
+    def test_a_network_that_crashes_costs_itself(self, lose):
+        def dies(step, job, died):
+            if step == "network":
+                raise died("it ended with signal SIGABRT")
+            yield from ()
+
+        jobs, notes, told = lose(dies)
+        assert [(bool(job.network_output), len(job.shapes)) for job in jobs] == [(True, 3), (False, 3)]
+        assert notes == [("network", "failed", "it ended with signal SIGABRT")]
+        assert told == "network: it ended with signal SIGABRT"
+
+    def test_a_process_that_does_not_come_to_a_step_ends_it(self, rooms, on_gpu, tmp_path, monkeypatch):
+        def events(run, job):
+            raise rooms.gpu_worker.Died("it ended with status 1")
+            yield
+
+        monkeypatch.setattr(rooms.gpu, "_events", events)
+        with pytest.raises(SystemExit, match=r"^nothing was timed any more: it ended with status 1$"):
+            rooms.gpu.main(["--output", str(tmp_path / "gpu.csv")])
+
+    def test_what_runs_when_the_time_is_over_is_said(self, rooms, lose, monkeypatch, capsys):
+        clock = types.SimpleNamespace(now=0.0)
+        monkeypatch.setattr(rooms.gpu.time, "monotonic", lambda: clock.now)
+
+        def dies(step, job, died):
+            if step == "m=8 64x16":
+                clock.now = 900.0
+                raise died("the time is over")
+            yield from ()
+
+        jobs, notes, told = lose(dies)
+        assert len(jobs) == 1
+        assert notes[-1] == ("m=8 64x16", "out of time", "the time is over")
+        assert told == ""  # no fault
+        assert "not measured within 15 minutes: m=8 64x16, m=64 64x16" in capsys.readouterr().err
+
+
+class TestShapes:
+    """The process that times, in this one."""
+
+    @pytest.fixture
+    def job(self, rooms, on_gpu, tmp_path):
+        return rooms.gpu_shapes.Job(
+            facts=dataclasses.asdict(on_gpu.facts),
+            output=str(tmp_path / "gpu.csv"),
+            network_output=None,
+            network_seconds=1e9,
+            network_sizes={},
+            shapes=[(1, 64, 16), (2, 64, 16)],
+            refused=[],
+            without={},
+            runs=1,
+            copies=2,
+            bandwidth=None,
+        )
+
+    def test_is_json(self, rooms, job):
+        assert rooms.gpu_shapes.Job(**json.loads(json.dumps(dataclasses.asdict(job)))).refused == []
+
+    def test_a_fault_after_which_the_device_is_lost_has_a_name(self, rooms, job, monkeypatch):
+        make_calls, told = rooms.gpu_timing.make_calls, []
+
+        class Broken:
+            def lower(self, *operands):
+                return self
+
+            def compile(self):
+                return self
+
+            def __call__(self, *operands):
+                monkeypatch.setattr(rooms.gpu_timing, "device_works", lambda: False)
+                raise jax.errors.JaxRuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+        def with_a_broken_one(m, k, n, **options):
+            calls = make_calls(m, k, n, **options)
+            return {
+                method: dataclasses.replace(call, program=Broken()) if method.activation_bits == 8 and m == 2 else call
+                for method, call in calls.items()
+            }
+
+        monkeypatch.setattr(rooms.gpu_timing, "make_calls", with_a_broken_one)
+        with pytest.raises(rooms.gpu_timing.DeviceLost, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+            rooms.gpu_shapes.run(job, told.append)
+        kind = told[-1]["kind"]
+        assert told[-1] == dict(event="trying", step="m=2 64x16", kind=kind)
+        assert kind.startswith("bitlayers A=8 ")
+        # The shape before it is on the disk.
+        assert {row.m for row in rooms.gpu_rows.read(Path(job.output), rooms.gpu_rows.Row)} == {1}
+        # Another process leaves that kind out, and has the rest.
+        monkeypatch.setattr(rooms.gpu_timing, "device_works", lambda: True)
+        again = dataclasses.replace(job, shapes=job.shapes[1:], without={"m=2 64x16": [kind]})
+        rooms.gpu_shapes.run(again, told.append)
+        assert told[-1] == dict(event="done", step="m=2 64x16")
+        rows = [row for row in rooms.gpu_rows.read(Path(job.output), rooms.gpu_rows.Row) if row.m == 2]
+        assert {row.activation_bits for row in rows if row.method == "bitlayers"} == {16, None}
+
+    def test_a_network_goes_on_where_it_ended(self, rooms, job, tmp_path, monkeypatch):
+        row = rooms.gpu_network.Row(
+            **job.facts, method="f32", bitlayers=None, backend="dot", graphs="nothing", kernels=0, us=None,
+            kernels_us=None, latency_us=1.0, queued_us=1.0,
+        )  # fmt: skip
+        told, seen = [], []
+
+        def measure(facts, *, backend, done, **sizes):
+            seen.append(done)
+            yield row
+            yield dataclasses.replace(row, method="bf16")
+
+        monkeypatch.setattr(rooms.gpu_network, "measure", measure)
+        job = dataclasses.replace(job, shapes=[], network_output=str(tmp_path / "network.csv"))
+        rooms.gpu_shapes.run(dataclasses.replace(job, network_seconds=-1), told.append)
+        assert [event["event"] for event in told] == ["begin", "row", "late"]
+        rooms.gpu_shapes.run(job, told.append)
+        assert seen == [set(), {("f32", None, "nothing")}]
+        assert told[-1]["event"] == "done"
+
+    def test_a_program_that_does_not_lower_costs_its_own_rows(self, rooms):
+        calls = rooms.gpu_timing.make_calls(1, 64, 16, copies=2)
+
+        class Refused:
+            def lower(self, *operands):
+                raise NotImplementedError("no such operation on this GPU")
+
+        refused, kept = Refused(), {}
+        for method, call in list(calls.items())[-12:]:  # three at 16 bits are of one program, and nine of floats
+            kept[method] = dataclasses.replace(call, program=refused) if method.bitlayers in (1, 2) else call
+        runs, reasons = rooms.gpu_timing.compile_all(kept)
+        assert set(runs) | set(reasons) == set(kept)
+        assert "NotImplementedError: no such operation on this GPU" in reasons.values()
+
+
+class TestWorker:
+    """A real process, of a few lines of Python."""
+
+    @pytest.fixture
+    def run(self, rooms, tmp_path):
+        def start(body, *, seconds=60.0, patience=60.0):
+            program = tmp_path / "program.py"
+            program.write_text(f"import gpu_worker, json, os, sys, time\njob = json.load(sys.stdin)\n{body}")
+            env = {**os.environ, "PYTHONPATH": str(FOLDER)}
+            deadline = time.monotonic() + seconds
+            return rooms.gpu_worker.run(
+                [sys.executable, str(program)], dict(words=["a", None]), deadline=deadline, patience=patience, env=env
+            )
+
+        return start
+
+    def test_events_and_other_output(self, run, capsys):
+        body = "print('a message of a library')\ngpu_worker.tell(dict(event='begin', job=job))"
+        assert list(run(body)) == [dict(event="begin", job=dict(words=["a", None]))]
+        assert capsys.readouterr().err == "a message of a library\n"
+
+    @pytest.mark.parametrize(
+        ("end", "how"), [("sys.exit(3)", "status 3"), ("os.abort()", "signal SIGABRT"), ("1 / 0", "status 1")]
+    )
+    def test_a_crash_is_told_after_what_came_before_it(self, rooms, run, end, how):
+        events = run(f"gpu_worker.tell(dict(event='begin'))\n{end}")
+        assert next(events) == dict(event="begin")
+        with pytest.raises(rooms.gpu_worker.Died, match=f"^it ended with {how}$"):
+            next(events)
+
+    def test_silence_ends_it(self, rooms, run):
+        events = run("gpu_worker.tell(dict(pid=os.getpid()))\ntime.sleep(1000)", patience=3)
+        pid = next(events)["pid"]
+        with pytest.raises(rooms.gpu_worker.Died, match=r"^it told nothing for 3 s$"):
+            next(events)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+    def test_its_time_ends_it(self, rooms, run):
+        body = "while True:\n    gpu_worker.tell(dict(event='row'))\n    time.sleep(0.1)"
+        with pytest.raises(rooms.gpu_worker.Died, match=r"^the time is over$"):
+            list(run(body, seconds=3))
+
+
+class TestFiles:
+    @pytest.fixture
+    def step(self, rooms, on_gpu):
+        return lambda name: rooms.gpu_rows.Step(
+            **dataclasses.asdict(on_gpu.facts), step=name, outcome="passed", seconds=1.5
+        )
+
+    def test_a_line_in_part_is_left_out_and_said(self, rooms, step, tmp_path, capsys):
+        path, rows = tmp_path / "steps.csv", [step("one"), step("two")]
+        rooms.gpu_rows.append(path, rows, rooms.gpu_rows.Step)
+        whole = path.read_bytes()
+        second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
+        for size in range(len(whole)):
+            path.write_bytes(whole[:size])
+            header = whole.index(b"\n") + 1
+            expected = [] if size < second else rows[:1]
+            assert rooms.gpu_rows.read(path, rooms.gpu_rows.Step) == expected, size
+            incomplete = size not in (0, header, second)
+            assert ("the last line is not complete" in capsys.readouterr().err) == incomplete, size
+            rooms.gpu_rows.append(path, [step("three")], rooms.gpu_rows.Step)  # goes on behind what is whole
+            assert rooms.gpu_rows.read(path, rooms.gpu_rows.Step) == [*expected, step("three")]
+            capsys.readouterr()
+
+    def test_a_writer_that_fails_leaves_the_file_as_it_was(self, rooms, step, tmp_path, monkeypatch):
+        path = tmp_path / "steps.csv"
+        rooms.gpu_rows.append(path, [step("one")], rooms.gpu_rows.Step)
+
+        def fsync(number):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(rooms.gpu_rows.os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space"):
+            rooms.gpu_rows.append(path, [step("two")], rooms.gpu_rows.Step)
+        assert rooms.gpu_rows.read(path, rooms.gpu_rows.Step) == [step("one")]
+        assert list(tmp_path.iterdir()) == [path]
+
+
+TESTS_OF_BITS = """
+import os, time, pytest
+pytestmark = pytest.mark.gpu
+
+def test_right(): pass
+def test_wrong(): assert 1 == 2, "one is not two"
+@pytest.mark.skipif(True, reason="not here")
+def test_skipped(): pass
+def test_crash(): {crash}
+def test_after(): {after}
+"""
+
+
+class TestBits:
+    """Step 1 with tests of the test's own, in real processes of pytest."""
+
+    @pytest.fixture
+    def check(self, rooms, on_gpu, tmp_path, monkeypatch):
+        monkeypatch.undo()  # of `on_gpu`, which has no checks
+        monkeypatch.syspath_prepend(FOLDER)
+        root = tmp_path / "root"
+        (root / "tests").mkdir(parents=True)
+        (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['gpu']\n")
+        monkeypatch.setattr(rooms.gpu_checks, "ROOT", root)
+        monkeypatch.setattr(
+            rooms.gpu_checks,
+            "environment",
+            lambda: {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(FOLDER), os.getcwd()])},
+        )
+
+        def run(seconds=200.0, patience=200.0, **bodies):
+            (root / "tests" / "test_gpu.py").write_text(TESTS_OF_BITS.format(**bodies))
+            progress = tmp_path / "bits.csv"
+            done = rooms.gpu_checks.check_bits(seconds, on_gpu.facts, progress, patience=patience)
+            rows = rooms.gpu_bits.outcomes(progress, on_gpu.facts)
+            return done, {name.rpartition("::")[2]: (row.outcome, row.reason) for name, row in rows.items()}
+
+        return run
+
+    def test_a_crash_costs_its_test_and_resume_goes_on(self, check):
+        done, tests = check(crash="os.abort()", after="pass")
+        assert tests == {
+            "test_right": ("passed", ""),
+            "test_wrong": ("failed", "AssertionError: one is not two"),
+            "test_skipped": ("skipped", ""),
+            "test_crash": ("failed", "its process crashed (-6)"),
+            "test_after": ("passed", ""),
+        }
+        assert done.outcome == "failed"
+        assert done.text.startswith("2 tests passed, 2 failed\n")
+        assert [name.rpartition("::")[2] for name in done.failed] == ["test_wrong", "test_crash"]
+        # Again: only what failed.
+        done, tests = check(crash="pass", after="assert False")
+        assert tests["test_crash"] == ("passed", "")
+        assert tests["test_after"] == ("passed", "")  # as before: it did not run
+        assert tests["test_wrong"][0] == done.outcome == "failed"
+
+    def test_a_test_that_does_not_end(self, check):
+        done, tests = check(patience=8, crash="time.sleep(1000)", after="pass")
+        assert tests["test_crash"] == ("failed", "it did not end within 8 s (hung)")
+        assert tests["test_after"] == ("passed", "")
+        assert done.outcome == "failed"
+
+    def test_out_of_time(self, check, rooms):
+        done, tests = check(seconds=9, crash="time.sleep(1000)", after="pass")
+        assert tests["test_crash"][0] == "begun"  # no fault: it runs again
+        assert [name.rpartition("::")[2] for name in done.failed] == ["test_wrong"]
+        assert "test_after" not in tests
 
 
 class TestFacts:
@@ -278,6 +659,48 @@ class TestRatios:
         assert cell(None, "speedup_over_bf16", None) == ""
         assert len(list(rooms.gpu_summary.tables(list(found.values())))) == 2
 
+    def test_what_is_asked_and_what_was_measured(self, rooms, on_gpu):
+        """The worst of all rows counts; of the host's clock, small weights and a warm cache none do."""
+        method, times_of = rooms.gpu_timing.Method, device_time.Times
+
+        def make(shape, bf16_us, times, bandwidth=1e12):
+            taken = {
+                method(name=name, bitlayers=used, activation_bits=width, backend="b"): us
+                for (name, used, width), us in {("bf16", None, None): bf16_us, **times}.items()
+            }
+            found = {
+                (key, "cold"): device_time.Measured(
+                    device=times_of(span_us=us, p20_us=us, p80_us=us, kernels_us=us, idle_us=0.0, kernels=1),
+                    host_us=us,
+                    runs=1,
+                )
+                for key, us in taken.items()
+            }
+            calls = {key: types.SimpleNamespace(bytes=int(8e7)) for key in taken}  # 80 us at this bandwidth
+            return rooms.gpu_rows.rows_of_shape(on_gpu.facts, shape, calls, found, bandwidth=bandwidth)
+
+        large, small = (1, 8192, 8192), (1, 4096, 4096)
+        rows = make(
+            large,
+            400.0,
+            {("bitlayers", 4, 8): 100.0, ("bitlayers", 8, 8): 160.0, ("sweep", 8, 8): 200.0, ("bitlayers", 2, 8): 81.0},
+        )
+        rows += make(small, 1.0, {("bitlayers", 4, 8): 1000.0})
+        rows += make((64, 8192, 8192), 100.0, {("bitlayers", 8, None): 105.0, ("bitlayers", 8, 16): 160.0})
+        table = rooms.gpu_summary.targets(rows)
+        cells = list(zip(*(column.cells for column in table.columns), strict=True))
+        assert [(text, value, reached) for text, _, value, _, reached in cells] == [
+            ("1 row: fraction of the memory limit", "0.50", "no"),
+            ("1 row, 4 bitlayers: speed over bf16", "4.00", "yes"),
+            ("1 row, 2 bitlayers: speed over bf16", "4.94", "no"),
+            ("64 rows or more, floats: time over bf16", "1.05", "yes"),
+            ("64 rows or more, 16 bits: time over bf16", "1.60", "no"),
+            ("1 row: time of b of 8 bitlayers, off b / 8 by", "1.02", "no"),
+            ("1 row: time of a sweep over all bitlayers'", "1.25", "yes"),
+        ]
+        host = [dataclasses.replace(row, clock="host") for row in rows]
+        assert rooms.gpu_summary.targets(host) is None
+
     def test_columns_of_another_version_are_refused(self, rooms, tmp_path):
         path = tmp_path / "old.csv"
         path.write_text("date,wall_us\n1,2\n")
@@ -345,11 +768,16 @@ sys.exit(dict(memcheck=0, racecheck=9)[tool])
         assert {each.outcome for each in done.values()} == {"not run"}
         assert "is not installed" in done["memcheck"].text
 
-    def test_bits_without_a_gpu_are_skipped_tests(self, rooms):
+    def test_bits_without_a_gpu_are_skipped_tests(self, rooms, on_gpu, tmp_path, monkeypatch):
         """The command is right: pytest finds the file, and skips what is in it."""
         if jax.default_backend() == "gpu":
             pytest.skip("there is a GPU: its tests take minutes")
-        assert rooms.gpu_checks.check_bits(240).outcome == "passed"
+        monkeypatch.undo()  # of `on_gpu`, which has no checks
+        monkeypatch.syspath_prepend(FOLDER)
+        done = rooms.gpu_checks.check_bits(240, on_gpu.facts, tmp_path / "bits.csv")
+        assert done.outcome == "passed"
+        assert done.text == "0 tests passed, 0 failed\n"
+        assert len(rooms.gpu_bits.outcomes(tmp_path / "bits.csv", on_gpu.facts)) >= 100
 
 
 class TestProducts:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import math
+import os
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +17,9 @@ import numpy as np
 import pytest
 
 import pbjax
-from pallas_kernels import device_time, tune
+from pallas_kernels import device_time, tune, tuning_process
 from pallas_kernels.bit_matmul import activations, mosaic, reference, triton, tuned
+from pallas_kernels.tuning_process import Job, Tried
 from tests import oracle
 
 KIND = "NVIDIA Test 100 80GB"
@@ -35,27 +40,80 @@ def three_candidates():
     return [found[0], found[1], found[-1]]
 
 
-def last_is_fastest(runs):
+def last_is_fastest():
     """A timer whose times fall from candidate to candidate; it runs what it is given, with any copy of the words."""
-    for run in runs.values():
-        for i in (0, 1, 1000):
-            assert run(i).shape == (PROBLEM.m, PROBLEM.n)
-    return {config: 1000.0 - i for i, config in enumerate(runs)}
+    falling = itertools.count(1000.0, -1.0)
+
+    def timer(runs):
+        for run in runs.values():
+            for i in (0, 1, 1000):
+                assert run(i).shape[-2:] == (PROBLEM.m, PROBLEM.n)
+        return {config: next(falling) for config in runs}
+
+    return timer
 
 
-def test_fastest_is_stored_and_found(folder):
+def here(job, **options):
+    """`tuning_process.run`, but in this process."""
+    options = dict(sweep=job.sweep, dtype=job.dtype, seconds=job.seconds, timer=last_is_fastest()) | options
+    return tune.tune(job.backend, job.problem, **options)
+
+
+JOB = Job(backend="triton", problem=PROBLEM)
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_fastest_is_stored_and_found(folder, sweep):
     candidates = three_candidates()
     config, best, default = tune.tune_and_store(
-        "triton", PROBLEM, kind=KIND, timer=last_is_fastest, candidates=candidates, interpret=True
+        dataclasses.replace(JOB, sweep=sweep), kind=KIND, run=here, candidates=candidates, interpret=True
     )
     assert config == candidates[-1]
     assert (default, best) == (1000, 998)
-    assert tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND) == config
+    assert tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND, sweep=sweep) == config
     stored = json.loads((folder / "nvidia_test_100_80gb.json").read_text())
     assert stored["version"] == tuned.VERSION
-    (entry,) = stored["entries"].values()
+    ((key, entry),) = stored["entries"].items()
+    assert ("sweep=True" in key) == sweep
     assert entry["kernel"] == "int8"
     assert (entry["us"], entry["default_us"], entry["jax"]) == (best, default, jax.__version__)
+
+
+def test_sweeps_are_found_by_themselves():
+    """Where no sweep was measured, what was fastest for one product serves; never the other way round."""
+    find = functools.partial(tuned.find, "triton", PROBLEM, triton.CONFIGS, kind=KIND)
+    other = dataclasses.replace(SERIAL, num_warps=2)
+    tuned.store("triton", PROBLEM, "serial", other, kind=KIND, facts={}, sweep=True)
+    assert (find(), find(sweep=True)) == (None, other)
+    tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={})
+    assert (find(), find(sweep=True)) == (SERIAL, other)
+
+
+def test_a_sweep_of_the_users_product_does_not_hide_a_shipped_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    other = dataclasses.replace(SERIAL, num_warps=2)
+    tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={})
+    tuned.store("triton", PROBLEM, "serial", other, kind=KIND, facts={}, sweep=True, folder=tuned.SHIPPED)
+    assert tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND, sweep=True) == other
+
+
+@pytest.mark.parametrize("width", [8, None])
+def test_a_sweep_is_packed_and_run_with_its_own_configuration(monkeypatch, width):
+    """Rows are packed for the kernel that takes them: one tuned for a product would have another order."""
+    monkeypatch.setattr(tuned, "device_kind", lambda: KIND)
+    problem = dataclasses.replace(PROBLEM, activation_bits=width, k=256)
+    asked, find = [], tuned.find
+
+    def spy(*args, sweep=False, **options):
+        asked.append(sweep)
+        return find(*args, sweep=sweep, **options)
+
+    monkeypatch.setattr(tuned, "find", spy)
+    x, words, scale, counts = tune._operands(problem, "float32", sweep=True)
+    assert counts.shape == ()
+    product = functools.partial(tune._product, triton, problem, True, None, dict(interpret=True))
+    assert product(x, words, scale, counts).shape == (problem.bits, problem.m, problem.n)
+    assert set(asked) == {True}
 
 
 def test_found_by_device_backend_and_shape():
@@ -162,7 +220,7 @@ def test_product_finds_floats_by_their_dtype(monkeypatch):
 def test_never_inside_a_trace():
     @jax.jit
     def traced(x):
-        tune.tune("triton", PROBLEM, interpret=True)
+        next(tune.tune("triton", PROBLEM, interpret=True))
         return x
 
     with pytest.raises(
@@ -176,7 +234,7 @@ def test_only_what_the_backend_can_run():
     with pytest.raises(
         pbjax.Unsupported, match=r"backend 'mosaic' cannot run Problem\(.*1-bit tensor core takes fixed"
     ):
-        tune.tune("mosaic", float_problem)
+        next(tune.tune("mosaic", float_problem))
 
 
 def test_candidates_of_other_results_are_an_error(monkeypatch):
@@ -184,7 +242,7 @@ def test_candidates_of_other_results_are_an_error(monkeypatch):
     wrong = iter((1.0, 2.0))
     monkeypatch.setitem(tune.BACKENDS, "triton", _Constant(lambda: next(wrong)))
     with pytest.raises(RuntimeError, match=r"gives other results than the first candidate"):
-        tune.tune("triton", PROBLEM, timer=last_is_fastest)
+        list(tune.tune("triton", PROBLEM, timer=last_is_fastest()))
 
 
 class _Constant:
@@ -194,10 +252,10 @@ class _Constant:
     def unsupported(self, problem):
         return None
 
-    def candidates(self, problem):
+    def candidates(self, problem, *, sweep):
         return ["first", "second"]
 
-    def quantize_rows(self, problem, x, *, config):
+    def quantize_rows(self, problem, x, *, sweep, config):
         return x, jnp.ones(problem.m), jnp.zeros(problem.m)
 
     def matmul(self, problem, *operands, config):
@@ -213,7 +271,7 @@ def test_what_is_timed_is_the_product_of_pbjax(config):
         seen.update(runs)
         return dict.fromkeys(runs, 1.0)
 
-    tune.tune("triton", PROBLEM, timer=timer, candidates=[config], interpret=True)
+    list(tune.tune("triton", PROBLEM, timer=timer, candidates=[config], interpret=True))
     x, words, scale, counts = tune._operands(PROBLEM, "float32")
     assert x.dtype == jnp.float32
     codes, unit, _ = activations.quantize_rows(x, PROBLEM.activation_bits)
@@ -222,20 +280,172 @@ def test_what_is_timed_is_the_product_of_pbjax(config):
         np.testing.assert_array_equal(seen[config](i), expected)
 
 
-def test_a_candidate_that_the_compiler_refuses_is_infinitely_slow(monkeypatch):
-    def matmul(problem, *operands, config):
-        if config == "second":
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory")
-        return jnp.ones((problem.m, problem.n))
+class _Faulty(_Constant):
+    """A backend whose candidates are named for what happens to them, and take a minute each."""
 
-    constant = _Constant(None)
-    # Raised where such an error is: when the compiled product runs.
-    constant.matmul = lambda problem, *operands, config: jax.pure_callback(
-        lambda: matmul(problem, config=config), jax.ShapeDtypeStruct((problem.m, problem.n), jnp.float32)
-    )
-    monkeypatch.setitem(tune.BACKENDS, "triton", constant)
-    times = tune.tune("triton", PROBLEM, timer=last_is_fastest)
-    assert times == {"first": 1000.0, "second": float("inf")}
+    def __init__(self, *names, clock=None):
+        self.names, self.clock = names, clock
+
+    def candidates(self, problem, *, sweep):
+        return self.names
+
+    def matmul(self, problem, *operands, config):
+        if config == "does not lower":
+            raise NotImplementedError("no such operation\non this GPU")
+
+        def run():
+            if self.clock:
+                self.clock.now += 60
+            if config == "does not run":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: shared memory")
+            return np.ones((problem.m, problem.n), np.float32)
+
+        # Raised where such an error is: when the compiled product runs.
+        return jax.pure_callback(run, jax.ShapeDtypeStruct((problem.m, problem.n), jnp.float32))
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_candidate_that_fails_has_a_reason_and_the_others_times(monkeypatch):
+    names = ("default", "does not lower", "does not run", "is not told apart", "last")
+    monkeypatch.setitem(tune.BACKENDS, "triton", _Faulty(*names))
+    times = {"default": 3.0, "is not told apart": math.inf, "last": 2.0}
+    found = dict(tune.tune("triton", PROBLEM, timer=lambda runs: {config: times[config] for config in runs}))
+    assert list(found) == list(names)
+    assert (found["default"], found["last"]) == (Tried(us=3.0), Tried(us=2.0))
+    assert found["does not lower"] == Tried(reason="NotImplementedError: no such operation")
+    assert found["does not run"].reason.startswith("JaxRuntimeError: ")
+    assert found["is not told apart"].reason == "its kernels could not be told apart"
+
+
+def test_a_timer_that_fails_costs_its_candidate(monkeypatch):
+    def timer(runs):
+        if "second" in runs:
+            raise jax.errors.JaxRuntimeError("INTERNAL: profiler")
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setitem(tune.BACKENDS, "triton", _Faulty("first", "second", "third"))
+    found = dict(tune.tune("triton", PROBLEM, timer=timer))
+    assert [tried.reason for tried in found.values()] == ["", "JaxRuntimeError: INTERNAL: profiler", ""]
+
+
+def test_no_candidate_begins_when_the_time_is_over(monkeypatch):
+    clock = _Clock()
+    monkeypatch.setitem(tune.BACKENDS, "triton", _Faulty("first", "second", "third", "fourth", clock=clock))
+    found = dict(tune.tune("triton", PROBLEM, timer=lambda runs: dict.fromkeys(runs, 1.0), seconds=100, clock=clock))
+    assert [tried.reason for tried in found.values()] == ["", "", "the time was over", "the time was over"]
+
+
+def test_a_fault_after_which_the_device_is_lost_ends_the_process(monkeypatch):
+    def lost():
+        raise tuning_process.Lost("the device answers no more in this process")
+
+    monkeypatch.setattr(tuning_process, "check_device", lost)
+    monkeypatch.setitem(tune.BACKENDS, "triton", _Faulty("first", "does not run", "third"))
+    found = {}
+    with pytest.raises(tuning_process.Lost):
+        found.update(pair for pair in tune.tune("triton", PROBLEM, timer=lambda runs: dict.fromkeys(runs, 1.0)))
+
+
+def test_the_fastest_so_far_is_stored_at_once():
+    """Whatever ends the tuning, what it found is kept."""
+    found = functools.partial(tuned.find, "triton", PROBLEM, triton.CONFIGS, kind=KIND)
+    slow, fast = (dataclasses.replace(SERIAL, num_warps=num) for num in (1, 2))
+
+    def run(job):
+        yield slow, Tried(us=2.0)
+        assert found() == slow
+        yield dataclasses.replace(SERIAL, num_warps=4), Tried(reason="it did not end within 120 s")
+        yield fast, Tried(us=1.0)
+        assert found() == fast
+        raise KeyboardInterrupt
+
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune_and_store(JOB, kind=KIND, run=run, told=told.append)
+    assert found() == fast
+    (line,) = told
+    assert line.endswith("num_stages=1): it did not end within 120 s")
+
+
+def _work(connection, job, done, reference, seconds):
+    """Of a process: the second candidate crashes, the third does not end, the fourth loses the device."""
+    for config in [name for name in ("first", "crashes", "hangs", "loses", "last") if name not in done]:
+        connection.send(config)
+        if config == "crashes":
+            os._exit(11)
+        if config == "hangs":
+            time.sleep(1000)
+        lost = config == "loses"
+        connection.send((config, Tried(reason="CUDA_ERROR_ILLEGAL_ADDRESS") if lost else Tried(us=float(len(done)))))
+        if lost:
+            connection.send(tuning_process._AGAIN)
+            return
+    assert reference == "first"
+    connection.send(None)
+
+
+def _fail(connection, job, done, reference, seconds):
+    connection.send(RuntimeError("other results"))
+
+
+def _die(connection, job, done, reference, seconds):
+    os._exit(3)
+
+
+class TestProcesses:
+    """Real ones."""
+
+    def test_each_candidate_costs_itself(self):
+        job = dataclasses.replace(JOB, patience=8.0)
+        found = list(tuning_process.run(job, work=_work))
+        assert found == [
+            ("first", Tried(us=0.0)),
+            ("crashes", Tried(reason="its process ended with status 11")),
+            ("hangs", Tried(reason="it did not end within 8 s")),
+            ("loses", Tried(reason="CUDA_ERROR_ILLEGAL_ADDRESS")),
+            ("last", Tried(us=4.0)),
+        ]
+
+    def test_an_error_of_the_tuner_is_one_here(self):
+        with pytest.raises(RuntimeError, match=r"^other results$"):
+            list(tuning_process.run(JOB, work=_fail))
+
+    def test_a_process_that_comes_to_nothing(self):
+        with pytest.raises(RuntimeError, match=r"candidates of 'triton' cannot be tried for .*ended with status 3"):
+            list(tuning_process.run(JOB, work=_die))
+
+    def test_tunes(self):
+        """All of it, but for the clock of a device: without one no candidate has a time."""
+        problem = dataclasses.replace(PROBLEM, n=3, activation_bits=None)
+        with pytest.raises(RuntimeError, match=r"no candidate of 'triton' runs, and can be timed, on NVIDIA Test"):
+            tune.tune_and_store(Job(backend="triton", problem=problem), kind=KIND)
+
+
+def test_a_file_that_is_not_json(folder):
+    path = folder / "nvidia_test_100_80gb.json"
+    path.write_text('{"version": 2, "entr')
+    with pytest.raises(ValueError, match=rf"`{re.escape(str(path))}` must hold JSON, but got Unterminated .* Delete"):
+        tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
+
+
+def test_a_writer_that_fails_leaves_the_file_as_it_was(folder, monkeypatch):
+    path = tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={})
+    before = path.read_text()
+
+    def fsync(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuned.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        tuned.store("triton", PROBLEM, "serial", dataclasses.replace(SERIAL, num_warps=2), kind=KIND, facts={})
+    assert path.read_text() == before
+    assert list(folder.iterdir()) == [path]
 
 
 def test_candidates_fit_their_problems():
@@ -247,16 +457,22 @@ def test_candidates_fit_their_problems():
     many = pbjax.Problem(m=256, k=4096, n=4096, bits=8, group_size=None, activation_bits=None)
     assert {type(config) for config in triton.candidates(many)} == {triton.DotConfig, triton.UnpackConfig}
     few = pbjax.Problem(m=2, k=4096, n=4096, bits=8, group_size=128, activation_bits=8)
+    int8 = pbjax.Problem(m=64, k=4096, n=4096, bits=8, group_size=None, activation_bits=8)
     assert {type(config) for config in triton.candidates(few)} == {triton.SerialConfig, triton.Int8Config}
+    # A sweep does not unpack, and cuts int8 products by itself.
+    assert triton.UnpackConfig not in {type(config) for config in triton.candidates(many, sweep=True)}
+    ways = [dataclasses.replace(c, parts=None) for c in triton.candidates(int8, sweep=True)]
+    assert len(set(ways)) == len(ways) < len(triton.candidates(int8))
+    assert triton.candidates(int8, sweep=True)[0] == triton.config_for(int8)
 
 
 class TestCommand:
-    OPTIONS = ("--size", "70x5", "--bits", "2", "--activation-bits", "8")
+    OPTIONS = ("--size", "70x5", "--bits", "2", "--activation-bits", "8", "--of", "product")
 
     def test_writes_and_says_where(self, capsys, folder):
         options = [*self.OPTIONS, "--m", "3", "--backend", "mosaic", "triton"]
-        kernel = dict(candidates=three_candidates(), interpret=True)
-        assert tune.main(options, kind=KIND, timer=last_is_fastest, **kernel) == 0
+        kernel = dict(run=here, candidates=three_candidates(), interpret=True)
+        assert tune.main(options, kind=KIND, **kernel) == 0
         out = capsys.readouterr().out.splitlines()
         assert "mosaic m=3 70x5 bits=2 activation_bits=8: left out, `n` must be a multiple of 4" in out[0]
         assert re.match(r"triton m=3 70x5 bits=2 activation_bits=8: \d+\.\d us, by default 1000\.0 us: Config", out[1])
@@ -265,15 +481,27 @@ class TestCommand:
 
     def test_times_floats_of_each_dtype(self, capsys, folder):
         """One of them alone, with a timer that does not run anything: interpreted kernels for floats are slow."""
-        options = ["--size", "70x5", "--bits", "2", "--activation-bits", "none", "--m", "3", "--backend", "triton"]
+        options = ["--size", "70x5", "--bits", "2", "--activation-bits", "none", "--m", "3"]
+        options += ["--backend", "triton", "--of", "product"]
         floats = dataclasses.replace(PROBLEM, activation_bits=None)
-        kernel = dict(candidates=[triton.config_for(floats)], interpret=True)
+        kernel = dict(run=here, candidates=[triton.config_for(floats)], interpret=True)
         assert tune.main(options, kind=KIND, timer=lambda runs: dict.fromkeys(runs, 2.0), **kernel) == 0
         assert [line.split(":")[0].rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()[:2]] == [
             "dtype=bfloat16",
             "dtype=float32",
         ]
         assert len(json.loads((folder / "nvidia_test_100_80gb.json").read_text())["entries"]) == 2
+
+    def test_goes_on_behind_a_problem_without_a_candidate(self, capsys):
+        def run(job):
+            yield triton.config_for(PROBLEM), Tried(us=1.0) if job.sweep else Tried(reason="it did not end")
+
+        options = [*self.OPTIONS, "sweep", "--m", "3", "--backend", "triton"]
+        assert tune.main(options, kind=KIND, run=run) == 1
+        first, second, third, _ = capsys.readouterr().out.splitlines()
+        assert first.endswith(": it did not end")
+        assert "no candidate of 'triton' runs, and can be timed" in second
+        assert third.startswith("triton m=3 70x5 bits=2 activation_bits=8 sweep: 1.0 us, by default 1.0 us")
 
     def test_needs_a_gpu(self, capsys):
         assert tune.main(self.OPTIONS) == 2
@@ -295,8 +523,9 @@ def test_user_folder(monkeypatch, tmp_path):
 def test_without_the_clock_of_a_device_there_are_no_times():
     """The host's clock does not stand in for it."""
     assert tune.device_us({"one": lambda i: jnp.ones(2) + i}) == {"one": float("inf")}
+    run = functools.partial(here, timer=tune.device_us, candidates=three_candidates()[:1], interpret=True)
     with pytest.raises(RuntimeError, match=r"no candidate of 'triton' runs, and can be timed, on NVIDIA Test"):
-        tune.tune_and_store("triton", PROBLEM, kind=KIND, candidates=three_candidates()[:1], interpret=True)
+        tune.tune_and_store(JOB, kind=KIND, run=run)
 
 
 def test_timer_takes_the_time_from_first_kernel_to_last(monkeypatch):

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -52,8 +52,15 @@ class Row(Facts):
     queued_us: float  # on the host's clock, from call to call, many queued
 
 
-def measure(facts: Facts, *, backend: str, hidden: int = HIDDEN, calls: int = _CALLS) -> Iterator[Row]:
-    """The network for one image, with weights that stay in the cache if they fit."""
+def measure(
+    facts: Facts,
+    *,
+    backend: str,
+    hidden: int = HIDDEN,
+    calls: int = _CALLS,
+    done: Collection[tuple[str, int | None, str]] = (),
+) -> Iterator[Row]:
+    """The network for one image, with weights that stay in the cache if they fit; but for methods that are done."""
     model = nn.Sequential([nn.Dense(hidden), nn.relu, nn.Dense(hidden), nn.relu, nn.Dense(CLASSES)])
     image = jax.random.normal(jax.random.key(1), (1, FEATURES))
     params = model.init(jax.random.key(0), image)
@@ -73,6 +80,8 @@ def measure(facts: Facts, *, backend: str, hidden: int = HIDDEN, calls: int = _C
     ]
     for name, used, by, fn, weights, x in methods:
         for graphs, options in GRAPHS.items():
+            if (name, used, graphs) in done:
+                continue
             run = jax.jit(fn, compiler_options=options).lower(weights, x).compile()
             call = functools.partial(run, weights, x)
             device = None

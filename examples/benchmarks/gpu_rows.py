@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +88,7 @@ class Step(Facts):
     step: str
     outcome: str
     seconds: float
+    reason: str = ""  # why it did not pass
 
 
 def rows_of_shape(
@@ -158,11 +162,11 @@ def _rounded(value: float | None, digits: int) -> float | None:
 def read(path: Path, cls: type[R]) -> list[R]:
     """The rows of a CSV that `append` has written; none where there is no file.
 
+    A last line without its end, of a copy that was interrupted, is left out, and said.
+
     Raises:
       ValueError: the columns are others, of another version of this program.
     """
-    if not path.exists():
-        return []
     kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
 
     def value(name: str, text: str) -> Any:
@@ -170,20 +174,44 @@ def read(path: Path, cls: type[R]) -> list[R]:
             return None
         return {"int": int, "float": float, "str": str}[kinds[name].split(" ")[0]](text)
 
-    with path.open(newline="") as file:
-        lines = csv.DictReader(file)
-        if list(lines.fieldnames or ()) != list(kinds):
-            raise ValueError(
-                f"`{path}` must have the columns {', '.join(kinds)}, but got {lines.fieldnames}. "
-                "Choose another --output, or leave out --resume."
-            )
-        return [cls(**{name: value(name, text) for name, text in line.items()}) for line in lines]
+    text = _whole_lines(path)
+    if not text:
+        return []
+    lines = csv.DictReader(io.StringIO(text, newline=""))
+    if list(lines.fieldnames or ()) != list(kinds):
+        raise ValueError(
+            f"`{path}` must have the columns {', '.join(kinds)}, but got {lines.fieldnames}. "
+            "Choose another --output, or leave out --resume."
+        )
+    return [cls(**{name: value(name, text) for name, text in line.items()}) for line in lines]
 
 
 def append(path: Path, rows: Sequence[Facts], cls: type[Facts]) -> None:
-    """Adds rows to a CSV, which gets a header if it is new."""
-    with path.open("a", newline="") as file:
-        lines = csv.DictWriter(file, [field.name for field in dataclasses.fields(cls)])
-        if file.tell() == 0:
-            lines.writeheader()
-        lines.writerows(map(dataclasses.asdict, rows))
+    """Adds rows to a CSV, with a header if it is new. The file is replaced as a whole: no row of it is in part."""
+    before = _whole_lines(path)
+    new = io.StringIO(newline="")
+    lines = csv.DictWriter(new, [field.name for field in dataclasses.fields(cls)])
+    if not before:
+        lines.writeheader()
+    lines.writerows(map(dataclasses.asdict, rows))
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", newline="") as file:
+            file.write(before + new.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _whole_lines(path: Path) -> str:
+    """What a file holds, up to the end of its last line."""
+    if not path.exists():
+        return ""
+    with path.open(newline="", errors="replace") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        sys.stderr.write(f"{path}: the last line is not complete and is left out: {text[len(whole) :][:80]!r}\n")
+    return whole

@@ -1,12 +1,15 @@
-"""Tables of the rows: speed over XLA's bf16, and the fraction of the memory limit, weights not in the cache."""
+"""Tables of the rows: speed over XLA's bf16, and the fraction of the memory limit, weights not in the cache.
+
+And one of what is asked of an H200, by spans on the device's clock.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import gpu_baselines
 import rich.table
-from gpu_rows import HOST, Row
+from gpu_rows import DEVICE, HOST, Row
 from gpu_timing import BITS, WIDTHS
 
 _OTHERS = [name for name in gpu_baselines.NAMES if name != "bf16"]
@@ -19,6 +22,8 @@ def tables(rows: Sequence[Row]) -> Iterator[rich.table.Table]:
     )
     if any(row.kernels for row in rows):
         yield _table(rows, "kernels only, without the gaps", "kernels_speedup_over_bf16", "kernels_fraction_of_limit")
+    if (asked := targets(rows)) is not None:
+        yield asked
 
 
 def _table(rows: Sequence[Row], what: str, speedup: str, fraction: str) -> rich.table.Table:
@@ -45,6 +50,74 @@ def _table(rows: Sequence[Row], what: str, speedup: str, fraction: str) -> rich.
             )
         table.add_section()
     return table
+
+
+LARGE = 8192 * 8192  # weights
+
+
+def targets(rows: Sequence[Row]) -> rich.table.Table | None:
+    """What is asked, and the worst that was measured of it, for large weights; None where there is nothing of it."""
+    cold = [row for row in rows if row.l2 == "cold" and row.clock == DEVICE and row.k * row.n >= LARGE]
+    ours = [row for row in cold if row.method == "bitlayers"]
+    few = [row for row in ours if row.m == 1 and row.activation_bits]
+    whole = {(row.m, row.k, row.n, row.activation_bits): row.us for row in ours if row.bitlayers == BITS}
+
+    def over_all(row: Row) -> float | None:
+        us = whole.get((row.m, row.k, row.n, row.activation_bits))
+        return row.us / us if us else None
+
+    def off(row: Row) -> float | None:
+        ratio = over_all(row)
+        return None if ratio is None or row.bitlayers is None else abs(ratio * BITS / row.bitlayers - 1)
+
+    def slower(row: Row) -> float | None:
+        return 1 / row.speedup_over_bf16 if row.speedup_over_bf16 else None
+
+    def speed(row: Row) -> float | None:
+        return row.speedup_over_bf16
+
+    many = [row for row in ours if row.m >= 64 and row.bitlayers == BITS]
+    asked: list[tuple[str, list[Row], Callable[[Row], float | None], float, bool]] = [
+        ("1 row: fraction of the memory limit", few, lambda row: row.fraction_of_limit, 0.75, True),
+        ("1 row, 4 bitlayers: speed over bf16", [row for row in few if row.bitlayers == 4], speed, 3, True),
+        ("1 row, 2 bitlayers: speed over bf16", [row for row in few if row.bitlayers == 2], speed, 5, True),
+        (
+            "1 row, 4 bitlayers: speed over f32",
+            [row for row in few if row.bitlayers == 4],
+            lambda row: row.speedup_over_f32_default,
+            6,
+            True,
+        ),
+        (
+            "8 rows, 4 bitlayers: speed over bf16",
+            [row for row in ours if row.m == 8 and row.activation_bits and row.bitlayers == 4],
+            speed,
+            2.5,
+            True,
+        ),
+        ("64 rows or more, floats: time over bf16", [r for r in many if r.activation_bits is None], slower, 1.1, False),
+        ("64 rows or more, 8 bits: time over bf16", [r for r in many if r.activation_bits == 8], slower, 1.1, False),
+        ("64 rows or more, 16 bits: time over bf16", [r for r in many if r.activation_bits == 16], slower, 1.5, False),
+        ("1 row: time of b of 8 bitlayers, off b / 8 by", few, off, 0.15, False),
+        (
+            "1 row: time of a sweep over all bitlayers'",
+            [row for row in cold if row.method == "sweep" and row.m == 1 and row.activation_bits],
+            over_all,
+            1.3,
+            False,
+        ),
+    ]
+    table = rich.table.Table(title="what is asked of an H200, and the worst that was measured, cold, gaps included")
+    for name in ("asked", "", "measured", "of", "reached"):
+        table.add_column(name)
+    for text, chosen, value, bound, is_least in asked:
+        values = [found for found in map(value, chosen) if found is not None]
+        if values:
+            worst = min(values) if is_least else max(values)
+            reached = worst >= bound if is_least else worst <= bound
+            sign = "at least" if is_least else "at most"
+            table.add_row(text, f"{sign} {bound:g}", f"{worst:.2f}", f"{len(values)} rows", "yes" if reached else "no")
+    return table if table.row_count else None
 
 
 def _known(rows: Iterator[Row]) -> list[Row]:

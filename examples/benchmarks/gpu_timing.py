@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import gpu_baselines
@@ -54,8 +54,23 @@ class Call:
         return self.rows, self.weights[i % len(self.weights)], *self.rest
 
 
-def make_calls(m: int, k: int, n: int, *, copies: int = MAX_COPIES, backend: str | None = None) -> dict[Method, Call]:
-    """Everything at one shape, in the order in which it is timed."""
+class DeviceLost(Exception):
+    """After a fault in a kernel nothing runs in this process any more."""
+
+
+def device_works() -> bool:
+    """Whether this process can still use its device."""
+    try:
+        jax.block_until_ready(jnp.ones(8) + 1)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def make_calls(
+    m: int, k: int, n: int, *, copies: int = MAX_COPIES, refused: Collection[str] = ()
+) -> dict[Method, Call]:
+    """Everything at one shape, in the order in which it is timed, but on backends that are refused."""
     x_key, w_key = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(x_key, (m, k), jnp.float32), jax.random.normal(w_key, (k, n), jnp.float32)
     calls = {}
@@ -84,7 +99,7 @@ def make_calls(m: int, k: int, n: int, *, copies: int = MAX_COPIES, backend: str
     packed = device_time.copies(pbjax.quantize({"kernel": w}, BITS)["kernel"], layer_bytes, most=copies)
     for width in WIDTHS:
         problem = pbjax.Problem(m=m, k=k, n=n, bits=BITS, group_size=None, activation_bits=width)
-        name = backend or kernel_backend(problem)
+        name = kernel_backend(problem, refused)
 
         def product(x, packed, used, width=width, name=name):
             options = dict(activation_bits=width, backend=name, preferred_element_type=jnp.float32)
@@ -113,9 +128,11 @@ def make_calls(m: int, k: int, n: int, *, copies: int = MAX_COPIES, backend: str
     return calls
 
 
-def kernel_backend(problem: pbjax.Problem) -> str:
-    """The GPU backend for a problem: the first that can run it."""
+def kernel_backend(problem: pbjax.Problem, refused: Collection[str] = ()) -> str:
+    """The GPU backend for a problem: the first that can run it and is not refused; "xla" without one."""
     for name in ("mosaic", "triton"):
+        if name in refused:
+            continue
         try:
             return pbjax.select_backend(problem, name).name
         except pbjax.Unsupported:
@@ -123,25 +140,47 @@ def kernel_backend(problem: pbjax.Problem) -> str:
     return pbjax.select_backend(problem).name
 
 
-def compile_all(calls: Mapping[Method, Call]) -> tuple[dict[Method, Callable[[int], jax.Array]], dict[Method, str]]:
+def compile_all(
+    calls: Mapping[Method, Call], trying: Callable[[Method], None] = lambda method: None
+) -> tuple[dict[Method, Callable[[int], jax.Array]], dict[Method, str]]:
     """Compiles side by side: on a machine with a GPU, most of the time goes here otherwise.
+
+    Args:
+      calls: by method.
+      trying: told each method before it runs for the first time.
 
     Returns:
       Call number i of each method that runs, and why each other one does not: what neither compiles nor runs costs its
       own row, and not those of the rest.
+
+    Raises:
+      DeviceLost: the method that was tried last made a fault after which this process cannot use its device.
     """
     runs, reasons, lowered = {}, {}, {}
-    for call in calls.values():
-        if call.program not in lowered:
-            lowered[call.program] = call.program.lower(*call.operands(0))
-    with concurrent.futures.ThreadPoolExecutor(min(len(lowered), os.cpu_count() or 1)) as pool:
-        futures = {program: pool.submit(low.compile) for program, low in lowered.items()}
     for method, call in calls.items():
-        try:
-            run = futures[call.program].result()
-            jax.block_until_ready(run(*call.operands(0)))
-        except jax.errors.JaxRuntimeError as error:
-            reasons[method] = str(error)
-            continue
-        runs[method] = lambda i, call=call, run=run: run(*call.operands(i))
+        if call.program not in lowered:
+            try:
+                lowered[call.program] = call.program.lower(*call.operands(0))
+            except (jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                # A kernel that this version of JAX does not lower for this GPU.
+                lowered[call.program] = None
+                reasons[method] = f"{type(error).__name__}: {error}"
+        elif lowered[call.program] is None:
+            reasons[method] = "it does not lower, as others of the same program"
+    programs = {program: low for program, low in lowered.items() if low is not None}
+    with concurrent.futures.ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1) or 1) as pool:
+        futures = {program: pool.submit(low.compile) for program, low in programs.items()}
+        for method, call in calls.items():
+            if method in reasons:
+                continue
+            try:
+                run = futures[call.program].result()
+                trying(method)
+                jax.block_until_ready(run(*call.operands(0)))
+            except jax.errors.JaxRuntimeError as error:
+                reasons[method] = str(error)
+                if not device_works():
+                    raise DeviceLost(f"{method}: {error}") from error
+                continue
+            runs[method] = lambda i, call=call, run=run: run(*call.operands(i))
     return runs, reasons

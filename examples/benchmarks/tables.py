@@ -1,8 +1,8 @@
-"""Tables of measured numbers in README.md and docs/performance.md, made from the rows of data in `results/`.
+"""Tables of numbers in README.md, docs/performance.md and docs/gpu.md, made from the rows of data in `results/`.
 
     python examples/benchmarks/tables.py
 
-rewrites what stands between `<!-- table NAME -->` and `<!-- end -->` in both, so that no number in a table is typed by
+rewrites what stands between `<!-- table NAME -->` and `<!-- end -->` in them, so that no number in a table is typed by
 hand; the tests compare. A file, a column or a row that is missing is an error.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu.md")
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
 
 Row = dict[str, str]
 
@@ -199,6 +199,34 @@ def paper_equal_bytes() -> str:
     return equal_bytes.markdown(paper.read_csv(RESULTS / "paper.csv"))
 
 
+def gpu_kernels() -> str:
+    """What the GPU kernels are in machine code."""
+    import machine_code_tables
+
+    return machine_code_tables.kernels()
+
+
+def gpu_targets() -> str:
+    """What the machine code excludes of what is asked."""
+    import machine_code_tables
+
+    return machine_code_tables.targets()
+
+
+def gpu_local_memory() -> str:
+    """Registers in local memory, and narrow loads."""
+    import machine_code_tables
+
+    return machine_code_tables.local_memory()
+
+
+def gpu_launches() -> str:
+    """Launches of a network, and those in CUDA graphs."""
+    import machine_code_tables
+
+    return machine_code_tables.launches()
+
+
 TABLES: tuple[Callable[[], str], ...] = (
     cpu_speedups,
     cpu_few_rows,
@@ -212,6 +240,10 @@ TABLES: tuple[Callable[[], str], ...] = (
     layer_machine,
     paper_tasks,
     paper_equal_bytes,
+    gpu_kernels,
+    gpu_targets,
+    gpu_local_memory,
+    gpu_launches,
 )
 
 

@@ -75,8 +75,9 @@ def config_for(problem: contract.Problem) -> Config:
     return config if enough and config.split_words <= segment else with_steps(1)
 
 
-def candidates(problem: contract.Problem) -> list[Config]:
-    """Configurations worth timing; the first is that of `config_for`."""
+def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config]:
+    """Configurations worth timing, of products and sweeps alike; the first is that of `config_for`."""
+    del sweep
     default = config_for(problem)
     found = [
         dataclasses.replace(default, steps=steps, depth=depth, warps_k=warps_k)
@@ -87,16 +88,21 @@ def candidates(problem: contract.Problem) -> list[Config]:
 
 
 def quantize_rows(
-    problem: contract.Problem, x: jax.Array, *, config: Config | None = None, interpret: bool = False
+    problem: contract.Problem,
+    x: jax.Array,
+    *,
+    sweep: bool = False,
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> tuple[limbs.Packed, jax.Array, jax.Array]:
-    """`activations.quantize_rows` in one kernel. x: float[m, k]; `config` must be that of the product.
+    """`activations.quantize_rows` in one kernel. x: float[m, k]; `sweep` and `config` must be those of the product.
 
     Returns:
       packed: for `matmul` and `prefixes`, in place of the codes.
       unit: f32[m].
       poison: f32[m], NaN for rows that are not finite, 0 for others.
     """
-    plan = _plan(problem, config, sweep=False)
+    plan = _plan(problem, config, sweep=sweep)
     steps, row_limbs, num = plan.splits * plan.config.warps_k * plan.config.steps, plan.row_limbs, plan.config.rows
 
     def offset(row, bit, word):
@@ -161,7 +167,7 @@ def prefixes(
 def _plan(problem: contract.Problem, config: Config | None, *, sweep: bool) -> Plan:
     if reason := unsupported(problem):
         raise contract.Unsupported(reason)
-    config = config or tuned.find("mosaic", problem, CONFIGS) or config_for(problem)
+    config = config or tuned.find("mosaic", problem, CONFIGS, sweep=sweep) or config_for(problem)
     return Plan(problem=problem, config=config, sweep=sweep)
 
 

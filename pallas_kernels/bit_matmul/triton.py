@@ -87,8 +87,11 @@ def config_for(problem: contract.Problem, dtype: DTypeLike = jnp.float32) -> Con
     return (_triton_serial if few else _triton_int8).config_for(problem)
 
 
-def candidates(problem: contract.Problem) -> list[Config]:
-    """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`."""
+def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config]:
+    """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`.
+
+    Of a sweep but for those that it does not tell apart: it does not unpack, and cuts int8 products by itself.
+    """
     found: list[Config] = [config_for(problem)]
     if problem.activation_bits is None:
         dot = _triton_dot.config_for(problem, jnp.dtype(jnp.float32))
@@ -105,6 +108,10 @@ def candidates(problem: contract.Problem) -> list[Config]:
         parts = (None,) if problem.groups > 1 else (None, 1, 2, 4, 8, 16)
         found += _variants(int8, parts=parts, block_rows=(64, 128)[: 1 + (problem.m > 64)])
         found += _variants(int8, parts=parts, num_warps=(8,), block_words=(8,))
+    if sweep:
+        found = [config for config in found if not isinstance(config, UnpackConfig)] or found
+        ways = [dataclasses.replace(c, parts=None) if isinstance(c, Int8Config) else c for c in found]
+        found = list(dict(zip(reversed(ways), reversed(found), strict=True)).values())[::-1]
     return list(dict.fromkeys(found))
 
 
@@ -116,16 +123,21 @@ def _variants(config: Any, **choices: Iterable[int | None]) -> list[Any]:
 
 
 def quantize_rows(
-    problem: contract.Problem, x: jax.Array, *, config: Config | None = None, interpret: bool = False
+    problem: contract.Problem,
+    x: jax.Array,
+    *,
+    sweep: bool = False,
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array | limbs.Packed, jax.Array, jax.Array]:
-    """`activations.quantize_rows`, in one kernel where rows are few. x: float[m, k]; `config` as of the product.
+    """`activations.quantize_rows`, in one kernel where rows are few. x: float[m, k]; the rest as of the product.
 
     Returns:
       codes: for `matmul` and `prefixes`.
       unit: f32[m].
       poison: f32[m], NaN for rows that are not finite, 0 for others.
     """
-    config = _check(problem, config, x)
+    config = _check(problem, config, x, sweep=sweep)
     if isinstance(config, SerialConfig):
         return _triton_serial.quantize_rows(problem, x, config=config, interpret=interpret)
     codes, unit, finite = activations.quantize_rows(x, problem.fixed_point_bits)
@@ -186,7 +198,7 @@ def prefixes(
     """
     if problem.m == 0 or problem.n == 0:
         return jnp.zeros((problem.bits, problem.m, problem.n), jnp.float32)
-    x, config = _pad(problem, x), _check(problem, config, x)
+    x, config = _pad(problem, x), _check(problem, config, x, sweep=True)
     limit = jnp.clip(limit, 0, problem.bits).astype(jnp.int32)
     if isinstance(config, SerialConfig):
         limits = jnp.full((problem.m,), limit, jnp.int32)
@@ -202,9 +214,9 @@ def prefixes(
     return run(problem, x, words, scale, limit, config=config, interpret=interpret)
 
 
-def _check(problem: contract.Problem, config: Config | None, x: Any) -> Config:
+def _check(problem: contract.Problem, config: Config | None, x: Any, *, sweep: bool = False) -> Config:
     dtype = getattr(x, "dtype", None)
-    config = config or tuned.find("triton", problem, CONFIGS, dtype=dtype)
+    config = config or tuned.find("triton", problem, CONFIGS, dtype=dtype, sweep=sweep)
     config = config or config_for(problem, jnp.float32 if dtype is None else dtype)
     is_float = problem.activation_bits is None
     if isinstance(config, _FLOAT_CONFIGS) != is_float:

@@ -1,8 +1,10 @@
 """Launch parameters that were measured: files of JSON, one for each kind of device, {"version": 2, "entries": {..}}.
 
 An entry is found by what its choice depends on: backend, static facts of the product, rows rounded up to a power of
-two, and the dtype of float activations, of which a product takes one to three parts. Fixed-point rows are codes before
-the product, whatever floats they were. Numbers that change from call to call, how many bitlayers are used, are no part.
+two, the dtype of float activations, of which a product takes one to three parts, and whether it is a sweep over all
+numbers of bitlayers, which has kernels or loops of its own. Fixed-point rows are codes before the product, whatever
+floats they were. Numbers that change from call to call, how many bitlayers are used, are no part. Where no sweep was
+measured, the entry of the product serves.
 
 Two folders are looked through: the user's, which `pallas_kernels.tune` writes, and the one of this package, for devices
 whose measurements are shipped (none yet). Without an entry, the backend's own `config_for` decides by shape. Parameters
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -58,6 +61,7 @@ def find(
     configs: Mapping[str, type[Config]],
     *,
     dtype: DTypeLike | None = None,
+    sweep: bool = False,
     kind: str | None = None,
 ) -> Config | None:
     """The measured configuration for a problem on this device, or None.
@@ -67,6 +71,7 @@ def find(
       problem: rows are rounded up to a power of two, as they were when it was stored.
       configs: the classes of configurations that the backend takes, by the names under which they are stored.
       dtype: of float activations; no part of the key with fixed-point ones.
+      sweep: whether the product at every number of bitlayers is asked for.
       kind: of device; None asks for the one that is there.
 
     Raises:
@@ -75,9 +80,9 @@ def find(
     kind = kind or device_kind()
     if kind is None:
         return None
-    for folder in (user_folder(), SHIPPED):
-        path = path_for(folder, kind)
-        entry = _read(path).get(key(backend, problem, dtype))
+    paths = [path_for(folder, kind) for folder in (user_folder(), SHIPPED)]
+    for of_sweep, path in itertools.product((True, False) if sweep else (False,), paths):
+        entry = _read(path).get(key(backend, problem, dtype, sweep=of_sweep))
         if entry is None:
             continue
         try:
@@ -99,6 +104,7 @@ def store(
     kind: str,
     facts: Mapping[str, Any],
     dtype: DTypeLike | None = None,
+    sweep: bool = False,
     folder: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Writes one entry, beside the others of the device, and returns the file.
@@ -111,16 +117,27 @@ def store(
       kind: the device.
       facts: how it was measured: times, versions, date.
       dtype: of float activations.
+      sweep: whether a sweep was timed.
       folder: the user's, unless given.
     """
     path = path_for(folder or user_folder(), kind)
     _read.cache_clear()
     entries = dict(_read(path))
-    entries[key(backend, problem, dtype)] = {"kernel": kernel, "config": dataclasses.asdict(config), **facts}
+    entries[key(backend, problem, dtype, sweep=sweep)] = {
+        "kernel": kernel,
+        "config": dataclasses.asdict(config),
+        **facts,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(path)  # so that no other process reads half of it
+    try:
+        with unfinished.open("w") as file:
+            file.write(json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)  # so that nobody ever reads half of it
+    finally:
+        unfinished.unlink(missing_ok=True)
     _read.cache_clear()
     return path
 
@@ -130,7 +147,7 @@ def path_for(folder: pathlib.Path, kind: str) -> pathlib.Path:
     return folder / f"{re.sub(r'[^a-z0-9]+', '_', kind.lower()).strip('_')}.json"
 
 
-def key(backend: str, problem: contract.Problem, dtype: DTypeLike | None = None) -> str:
+def key(backend: str, problem: contract.Problem, dtype: DTypeLike | None = None, *, sweep: bool = False) -> str:
     """What an entry is stored under."""
     rows = 1 << max(problem.m - 1, 0).bit_length()
     fields = {**dataclasses.asdict(problem), "m": rows}
@@ -138,6 +155,8 @@ def key(backend: str, problem: contract.Problem, dtype: DTypeLike | None = None)
         if dtype is None:
             raise ValueError("`dtype` must be that of the float activations, but got None. Pass `x.dtype`.")
         fields["dtype"] = jnp.dtype(dtype).name
+    if sweep:
+        fields["sweep"] = True
     return " ".join([backend, *(f"{name}={value}" for name, value in fields.items())])
 
 
@@ -145,7 +164,10 @@ def key(backend: str, problem: contract.Problem, dtype: DTypeLike | None = None)
 def _read(path: pathlib.Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    stored = json.loads(path.read_text())
+    try:
+        stored = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{path}` must hold JSON, but got {error}. Delete the file, and tune again.") from error
     version = stored.get("version", 1)
     if version != VERSION:
         raise ValueError(f"`{path}` must be of version {VERSION}, but got {version}. Delete the file, and tune again.")

@@ -93,7 +93,9 @@ class Kernel:
     stack_bytes: int
     shared_bytes: int  # static; what a launch adds is not seen here
     opcodes: tuple[str, ...]
+    operands: tuple[str, ...]  # of each of them, as disassembled
     loops: tuple[tuple[str, ...], ...]  # the opcodes of each innermost loop, in order of address
+    loop_starts: tuple[int, ...]  # the place in `opcodes` where each innermost loop begins
     outer_loops: tuple[tuple[str, ...], ...]  # those of each loop around others, without what is in these
     sass: str = dataclasses.field(repr=False)
 
@@ -137,7 +139,11 @@ def compile_kernels(fn: Callable[..., object], *args: object, gpu: str) -> tuple
       The kernels by name.
     """
     with _compiled(fn, args, gpu) as folder:
-        kernels = {kernel.name: kernel for path in sorted(folder.rglob("*.ptx")) for kernel in _assemble(path)}
+        return _kernels_in(folder)
+
+
+def _kernels_in(folder: pathlib.Path) -> tuple[Kernel, ...]:
+    kernels = {kernel.name: kernel for path in sorted(folder.rglob("*.ptx")) for kernel in _assemble(path)}
     return tuple(kernels[name] for name in sorted(kernels))
 
 
@@ -148,6 +154,7 @@ class Launch:
     kind: str  # as XLA names it: "kCustomKernel", "kCustomCall"
     name: str
     in_command_buffer: bool  # recorded once as part of a CUDA graph, which is one launch in all
+    shared_bytes: int = 0  # that the launch gives to each program; 0 for what is no kernel of XLA's
 
 
 def compile_launches(
@@ -165,9 +172,19 @@ def compile_launches(
       The launches; a command buffer itself is none, what is in it is.
     """
     with _compiled(fn, args, gpu, options) as folder:
-        # The second file is there only if it differs.
-        *_, path = sorted(folder.glob("*.thunk_sequence*.txt"), key=lambda path: "after_thunk_passes" in path.name)
-        lines = path.read_text().splitlines()
+        return _launches_in(folder)
+
+
+def compile_all(fn: Callable[..., object], *args: object, gpu: str) -> tuple[tuple[Kernel, ...], tuple[Launch, ...]]:
+    """What `compile_kernels` and `compile_launches` return, of one compilation."""
+    with _compiled(fn, args, gpu) as folder:
+        return _kernels_in(folder), _launches_in(folder)
+
+
+def _launches_in(folder: pathlib.Path) -> tuple[Launch, ...]:
+    # The second file is there only if it differs.
+    *_, path = sorted(folder.glob("*.thunk_sequence*.txt"), key=lambda path: "after_thunk_passes" in path.name)
+    lines = path.read_text().splitlines()
     launches, buffer_indent = [], None
     for line in lines:
         found = _THUNK.match(line)
@@ -179,7 +196,14 @@ def compile_launches(
         if found["kind"] == "kCommandBuffer":
             buffer_indent = indent
         elif found["kind"] != "kSequential":
-            launches.append(Launch(kind=found["kind"], name=found["name"], in_command_buffer=buffer_indent is not None))
+            launches.append(
+                Launch(
+                    kind=found["kind"],
+                    name=found["name"],
+                    in_command_buffer=buffer_indent is not None,
+                    shared_bytes=_number(r"shared_memory: (\d+) bytes", line),
+                )
+            )
     return tuple(launches)
 
 
@@ -201,7 +225,7 @@ def _compiled(
             patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
             # Autotuning would measure, on the GPU that is not there.
             defaults = {"xla_dump_to": folder, "xla_gpu_autotune_level": 0}
-            with jax.sharding.use_abstract_mesh(_mesh(gpu)):
+            with jax.sharding.use_abstract_mesh(mesh(gpu)):
                 lowered = jax.jit(fn).lower(*described)
             lowered.compile(compiler_options=defaults | dict(options or {}))
         yield pathlib.Path(folder)
@@ -215,7 +239,7 @@ def _device(gpu: str) -> jax.Device:
     return topology.devices[0]
 
 
-def _mesh(gpu: str) -> jax.sharding.AbstractMesh:
+def mesh(gpu: str) -> jax.sharding.AbstractMesh:
     """What JAX 0.11 and later lower Pallas kernels for where there is no GPU."""
     device = jax.sharding.AbstractDevice(device_kind=GPUS[gpu].name, num_cores=GPUS[gpu].num_sms, platform="gpu")
     return jax.sharding.AbstractMesh((), (), abstract_device=device)
@@ -257,7 +281,8 @@ def _assemble(path: pathlib.Path) -> Iterator[Kernel]:
     for name, facts in re.findall(r"Function properties for (\S+)\n(.*?)(?=Function properties|\Z)", report, re.DOTALL):
         if name not in texts:  # a function that was inlined or a library stub
             continue
-        opcodes, loops, outer_loops = _read(texts[name])
+        instructions, loops, outer_loops = _read(texts[name])
+        opcodes = tuple(opcode for opcode, _ in instructions)
         yield Kernel(
             name=name,
             arch=arch,
@@ -266,8 +291,10 @@ def _assemble(path: pathlib.Path) -> Iterator[Kernel]:
             stack_bytes=_number(r"(\d+) bytes stack frame", facts),
             shared_bytes=_number(r"(\d+) bytes smem", facts),
             opcodes=opcodes,
-            loops=loops,
-            outer_loops=outer_loops,
+            operands=tuple(operands for _, operands in instructions),
+            loops=tuple(opcodes[start : stop + 1] for start, stop in loops),
+            loop_starts=tuple(start for start, _ in loops),
+            outer_loops=tuple(tuple(opcodes[i] for i in own) for own in outer_loops),
             sass=texts[name],
         )
 
@@ -288,11 +315,8 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
-_Opcodes = tuple[str, ...]
-
-
-def _read(text: str) -> tuple[_Opcodes, tuple[_Opcodes, ...], tuple[_Opcodes, ...]]:
-    """The opcodes of a function, those of each innermost loop, and those of each other one, without the loops in it.
+def _read(text: str) -> tuple[list[tuple[str, str]], list[tuple[int, int]], list[list[int]]]:
+    """A function's instructions, where each innermost loop starts and stops, and what is in each other loop alone.
 
     A loop is a jump back, from its target on; it is an innermost one if no other such jump is inside.
     """
@@ -303,7 +327,6 @@ def _read(text: str) -> tuple[_Opcodes, tuple[_Opcodes, ...], tuple[_Opcodes, ..
             labels[label[1]] = len(instructions)
         if (found := _INSTRUCTION.search(line)) and found[1] != "NOP":
             instructions.append((found[1], found[2]))
-    opcodes = tuple(opcode for opcode, _ in instructions)
     loops = set()
     for stop, (opcode, operands) in enumerate(instructions):
         target = _TARGET.search(operands)
@@ -313,9 +336,11 @@ def _read(text: str) -> tuple[_Opcodes, tuple[_Opcodes, ...], tuple[_Opcodes, ..
     innermost, outer = [], []
     for start, stop in sorted(loops):
         inside = [loop for loop in loops if loop != (start, stop) and start <= loop[0] and loop[1] <= stop]
-        own = [i for i in range(start, stop + 1) if not any(first <= i <= last for first, last in inside)]
-        (outer if inside else innermost).append(tuple(opcodes[i] for i in own))
-    return opcodes, tuple(innermost), tuple(outer)
+        if not inside:
+            innermost.append((start, stop))
+            continue
+        outer.append([i for i in range(start, stop + 1) if not any(first <= i <= last for first, last in inside)])
+    return instructions, innermost, outer
 
 
 def _run(tool: str, *args: object) -> subprocess.CompletedProcess[str]:
