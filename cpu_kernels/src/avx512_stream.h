@@ -23,8 +23,7 @@ inline void LoadOperands(const uint8_t* limb, Vector* out) {
   }
 }
 
-// A row of words ahead: what memory needs, and few enough lines at a time for the first-level cache where a row is 512
-// channels and one word. Inlined by force: GCC takes a call that only prefetches for one without effect.
+// Inlined by force: GCC takes a call that only prefetches for one without effect.
 template <int kLayers>
 PBJAX_INLINE inline void PrefetchLayers(const uint32_t* words, int64_t layer_stride) {
   Unroll<kLayers>([&](auto i) PBJAX_INLINE {
@@ -58,28 +57,46 @@ struct CodeOf {
   static constexpr int Sum(int i) { return L::SumOf(i / L::kPieces, i % L::kPieces); }
 };
 
+// One row: where the sums of block i of 16 channels are. Bitlayers lie powers of two apart, so that all lines of a block
+// compete for one set of the first-level cache, and 512 channels fill half of its sets. Sums of up to two limbs go into the
+// other half: 2 KiB of every 4 KiB, as many blocks as fit. Those of three would need more than half.
+template <int kLayers, int kLimbs>
+PBJAX_INLINE inline int64_t PlaceOfSums(int64_t i) {
+  constexpr int kNumbers = 16 * Layout<Depth(kLayers)>::kSums * kLimbs, kBlocks = 512 / kNumbers;
+  return kLimbs > 2 ? i * kNumbers : i / kBlocks * 1024 + i % kBlocks * kNumbers;
+}
+
+// The first place, across from these words.
+inline int32_t* FirstPlace(const uint32_t* words, int32_t* scratch) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(scratch), to = reinterpret_cast<uintptr_t>(words) + 2048;
+  return scratch + (to - from) % 4096 / 64 * 16;
+}
+
+// Words are prefetched a row less kLag blocks ahead: into sets whose lines are used up, since there are 12 in each and a
+// row has up to 8.
 template <int kLayers, int kLimbs>
 void StreamWord(const WordBlock& block, int64_t word, const LimbRows& row, int32_t* scratch) {
-  constexpr int kDepth = Depth(kLayers);
+  constexpr int kDepth = Depth(kLayers), kLag = 8;
   using L = Layout<kDepth>;
   Vector operands[kLimbs][L::kOperands];
   for (int limb = 0; limb < kLimbs; ++limb) {
     LoadOperands<kDepth>(row.data + limb * row.limb_stride + 32 * word, operands[limb]);
   }
   const uint32_t* data = block.data + word * block.word_stride;
-  const int64_t ahead = word + 2 <= block.words ? block.word_stride : 0;
-  for (int64_t c = 0; c < block.channels; c += 16) {
-    const __mmask16 mask = ChannelMask(block.channels - c);
-    int32_t* memory = scratch + c * L::kSums * kLimbs;
+  const uint32_t* ahead = data + (word + 2 <= block.words ? block.word_stride : 0);
+  const int64_t blocks = (block.channels + 15) / 16;
+  for (int64_t i = 0; i < blocks; ++i) {
+    PrefetchLayers<kLayers>(i < kLag ? data + 16 * (blocks - kLag + i) : ahead + 16 * (i - kLag), block.layer_stride);
+    const __mmask16 mask = ChannelMask(block.channels - 16 * i);
+    int32_t* memory = scratch + PlaceOfSums<kLayers, kLimbs>(i);
     Vector sums[kLimbs][L::kSums];
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
-      Unroll<L::kSums>([&](auto i) PBJAX_INLINE {
-        sums[limb][i] = _mm512_load_si512(memory + 16 * (limb * L::kSums + i));
+      Unroll<L::kSums>([&](auto j) PBJAX_INLINE {
+        sums[limb][j] = _mm512_load_si512(memory + 16 * (limb * L::kSums + j));
       });
     });
-    PrefetchLayers<kLayers>(data + c + ahead, block.layer_stride);
-    ForCodes<kLayers>(data + c, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE {
-      constexpr int kSum = CodeOf<kLayers>::Sum(i), kOperand = CodeOf<kLayers>::Operand(i);
+    ForCodes<kLayers>(data + 16 * i, block.layer_stride, mask, [&](auto j, Vector code) PBJAX_INLINE {
+      constexpr int kSum = CodeOf<kLayers>::Sum(j), kOperand = CodeOf<kLayers>::Operand(j);
       AddProducts(sums[0][kSum], code, operands[0][kOperand]);
       if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
       Unroll<kLimbs - 1>([&](auto limb) PBJAX_INLINE {
@@ -87,8 +104,8 @@ void StreamWord(const WordBlock& block, int64_t word, const LimbRows& row, int32
       });
     });
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
-      Unroll<L::kSums>([&](auto i) PBJAX_INLINE {
-        _mm512_store_si512(memory + 16 * (limb * L::kSums + i), sums[limb][i]);
+      Unroll<L::kSums>([&](auto j) PBJAX_INLINE {
+        _mm512_store_si512(memory + 16 * (limb * L::kSums + j), sums[limb][j]);
       });
     });
   }
@@ -174,9 +191,12 @@ template <int kLayers, int kLimbs>
 void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch, int32_t* sums, int64_t sums_stride) {
   constexpr int kDepth = Depth(kLayers), kSums = Layout<kDepth>::kSums;
   const int64_t blocks = (block.channels + 15) / 16, stride = rows.rows * kLimbs * 16 * kSums;
-  __builtin_memset(scratch, 0, blocks * stride * sizeof(int32_t));
+  const bool one_row = rows.rows == 1;
+  if (one_row) scratch = FirstPlace(block.data, scratch);
+  const auto place = [&](int64_t i) PBJAX_INLINE { return one_row ? PlaceOfSums<kLayers, kLimbs>(i) : i * stride; };
+  __builtin_memset(scratch, 0, (place(blocks - 1) + stride) * sizeof(int32_t));
   int64_t word = 0;
-  if (rows.rows == 1) {
+  if (one_row) {
     for (; word < block.words; ++word) StreamWord<kLayers, kLimbs>(block, word, rows, scratch);
   } else {
     for (; word + 2 <= block.words; word += 2) StreamRows<kLayers, kLimbs, 2>(block, word, rows, scratch);
@@ -190,7 +210,7 @@ void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch,
       const int32_t* its = scratch + (r * kLimbs + limb) * 16 * kSums;
       int32_t* out = sums + (r * kLimbs + limb) * sums_stride;
       for (int64_t i = 0; i < blocks; ++i) {
-        const Vector total = _mm512_add_epi32(AddLanes<kDepth>(its + i * stride), left_out);
+        const Vector total = _mm512_add_epi32(AddLanes<kDepth>(its + place(i)), left_out);
         _mm512_mask_storeu_epi32(out + 16 * i, ChannelMask(block.channels - 16 * i),
                                  _mm512_srai_epi32(total, kDepth - kLayers));
       }

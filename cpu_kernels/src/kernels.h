@@ -125,7 +125,9 @@ struct Columns {
 };
 
 // int32 of scratch that `stream` needs for this many channels, and rows times limbs.
-constexpr int64_t StreamScratch(int64_t channels, int64_t row_limbs) { return (channels + 15) / 16 * 64 * row_limbs; }
+constexpr int64_t StreamScratch(int64_t channels, int64_t row_limbs) {
+  return (channels + 15) / 16 * 128 * row_limbs + 2048;  // twice what they fill, and where they begin
+}
 
 constexpr int64_t kFewRows = 2;          // of float_codes
 constexpr int64_t kStreamRows = 16;      // of stream

@@ -204,6 +204,7 @@ Case MakeCase(Random& random) {
   problem.k = kind == 0 ? pick({40000, 65536 + 33}) : pick({1, 2, 31, 32, 33, 64, 65, 95, 130, 200});
   problem.n = kind == 0 ? between(1, 5) : pick({1, 2, 3, 15, 16, 17, 33, 64, 65});
   if (kind >= 990) problem.m = between(20, 150), problem.k = between(1, 70), problem.n = between(1, 20);
+  if (kind >= 970 && kind < 990) problem.m = pick({1, 1, 2}), problem.n = between(100, 1100);  // whole widths of a task
   problem.bits = between(1, 16);
   problem.group_size = pick({0, 0, 32, 64, 96});
   if (kind == 0) problem.group_size = pick({0, 32800});
