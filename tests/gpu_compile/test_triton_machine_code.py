@@ -135,7 +135,7 @@ _INSTRUCTIONS_PER_CODE = {"h200": 3.5, "a100": 8.1}
 _SPILLED_BYTES_OF_INT8 = {
     ("a100", "w8a8"): 8,
     ("a100", "w8a8, uneven groups"): 80,
-    ("a100", "w8a8, uneven groups of 3 words"): 16,
+    ("a100", "w8a8, groups of 3 words"): 16,
     ("a100", "w16a24"): 112,
 }
 
