@@ -121,9 +121,6 @@ INT8 = {
     "w16a16": problem(m=64, bits=16, activation_bits=16),
     "w8a24": problem(m=64, activation_bits=24),
     "w8a8, uneven": problem(m=70, k=4001, n=4100),
-    "w8a8, groups of 3 words": problem(m=64, k=3072, group_size=96),
-    "w16a24": problem(m=64, bits=16, activation_bits=24),
-    "w16a8, groups": problem(m=64, bits=16, group_size=128),
 }
 # Instructions of the loop over words for each code, whatever the bitlayers, for all 64 rows together: to unpack, to
 # bring codes into the order of the tensor core, to count bits where lower limbs need it, for loads and addresses. An SM
@@ -135,8 +132,6 @@ _INSTRUCTIONS_PER_CODE = {"h200": 3.5, "a100": 8.1}
 _SPILLED_BYTES_OF_INT8 = {
     ("a100", "w8a8"): 8,
     ("a100", "w8a8, uneven groups"): 80,
-    ("a100", "w8a8, groups of 3 words"): 16,
-    ("a100", "w16a24"): 112,
 }
 
 
