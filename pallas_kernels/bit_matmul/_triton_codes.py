@@ -28,6 +28,7 @@ from pallas_kernels.bit_matmul import _ptx, contract, epilogue
 
 _BYTES = contract.WORD_BITS // 8
 _POSITIONS = 8  # bit positions of a byte
+_TOP_BITS = 0x80808080  # of each byte
 _EXCHANGES = ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555))  # distance of rows, bits that stay
 # Of each half of a word, as bfloat16: the sign; sign and lowest 7 bits; 1.0; 128.0, whose lowest bit is worth 1.
 _SIGN, _SIGN_AND_MAGNITUDE, _ONE, _MAGIC = 0x80008000, 0x807F807F, 0x3F803F80, 0x43004300
@@ -132,6 +133,8 @@ def centred(bitlayers: list[jax.Array], used: jax.Array, *, interpret: bool) -> 
 
 def _codes(fields: list[jax.Array], interpret: bool) -> list[jax.Array]:
     """The codes of up to 8 rows of 32 bits, the most significant first: a word for each position of a byte."""
+    if len(fields) == 1:
+        return [(fields[0] << (_POSITIONS - 1 - p)) & jnp.uint32(_TOP_BITS) for p in range(_POSITIONS)]
     fields = [*fields, *[jnp.zeros_like(fields[0])] * (contract.LIMB_BITS - len(fields))]
     for distance, kept in _EXCHANGES:
         fields = _exchange(fields, distance, kept, interpret)

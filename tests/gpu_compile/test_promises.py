@@ -87,12 +87,12 @@ def _per_word(loop: tuple[str, ...]) -> float:
 
 
 def instructions_per_weight(name: str, m: int, activations: str) -> float:
-    """Of a lane of a kernel that unpacks words: of its loops over words, or of all of it where there is no loop."""
+    """Of a lane of a kernel that unpacks words: of its loops over words, or of all of it; for all blocks of rows."""
     width = int(activations) if activations.isdigit() else None
     problem = problem_of(m, width)
-    config = triton.config_for(problem)
-    assert type(config).__module__.endswith(name)
     dtype = jnp.int32 if width else jnp.dtype(activations).type
+    config = triton.config_for(problem, dtype)
+    assert type(config).__module__.endswith(name)
     found = test_triton_machine_code.kernel(problem, "h200", False, dtype)
     words = config.block_words * config.block_n / (32 * config.num_warps)  # of a lane, in a turn of the loop
     if name == "_triton_unpack":
@@ -100,10 +100,8 @@ def instructions_per_weight(name: str, m: int, activations: str) -> float:
     if name == "_triton_int8":
         used = [loop for loop in found.loops if machine_code.count(loop, "IGMMA")]
         return sum(map(len, used)) / (32 * words)
-    # A turn of the outer loop takes 4 bits of each word, of every bitlayer in a loop of its own.
-    (load,) = [loop for loop in found.loops if machine_code.count(loop, "LDG.E.128")]
-    (dot,) = [loop for loop in found.outer_loops if test_triton_machine_code.tensor_core(loop)]
-    return (len(dot) + problem.bits * len(load)) / (4 * words)
+    (loop,) = [loop for loop in (*found.loops, *found.outer_loops) if test_triton_machine_code.tensor_core(loop)]
+    return len(loop) / (32 * words) * -(-m // config.block_rows)
 
 
 def rows_of_table() -> list[tuple[str, int, int, list[float]]]:
@@ -133,7 +131,9 @@ def test_the_table_has_every_kernel_that_unpacks():
     assert {(kernel, m, activations) for kernel, m, activations, _ in rows_of_weights()} == {
         ("_triton_int8", 64, "8"),
         ("_triton_int8", 64, "16"),
+        ("_triton_dot", 1, "bfloat16"),
         ("_triton_dot", 16, "float32"),
+        ("_triton_dot", 64, "float32"),
         ("_triton_dot", 64, "bfloat16"),
         ("_triton_unpack", 256, "bfloat16"),
     }
