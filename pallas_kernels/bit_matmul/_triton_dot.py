@@ -60,7 +60,9 @@ def config_for(problem: contract.Problem, dtype: jnp.dtype) -> Config:
     largest = _MAX_ROWS_OF_ONE_SUM if one_sum else _MAX_ROWS
     block_rows = min(largest, max(_MIN_ROWS, pl.next_power_of_2(problem.m)))
     block_n, block_words, num_warps = (128, 2, 2) if block_rows == _MIN_ROWS else (256, 4, 8)
-    block_words = min(block_words, pl.next_power_of_2(problem.words_per_group))
+    if problem.words_per_group < block_words:  # with as many lanes, fewer channels would be left for each
+        num_warps = num_warps * pl.next_power_of_2(problem.words_per_group) // block_words
+        block_words = pl.next_power_of_2(problem.words_per_group)
     programs = pl.cdiv(problem.n, block_n) * pl.cdiv(problem.m, block_rows)
     blocks = problem.groups * pl.cdiv(problem.words_per_group, block_words)
     return Config(

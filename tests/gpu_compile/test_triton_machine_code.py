@@ -237,9 +237,10 @@ def test_dot(name, dtype, sweep, gpu):
     for loop, (first, last) in zip(loops, spans, strict=True):
         assert machine_code.count(loop, "LDL") + machine_code.count(loop, "STL") == 0
         assert len(loop) / codes <= budget[gpu, dtype.__name__]
-        if config.block_words > 1:  # one load of 16 bytes for each bitlayer; the others are of activations
-            assert machine_code.count(loop, "LDG.E.128") >= last - first
-        assert machine_code.count(loop, "LDG.E.64") == 0
+        # One load of 16 bytes for each bitlayer; the others are of activations and, one for each lane, of scales.
+        assert machine_code.count(loop, "LDG.E.128") >= last - first
+        narrow = machine_code.count(loop, "LDG") - machine_code.count(loop, "LDG.E.128")
+        assert narrow <= (0 if by_bitlayer or p.groups == 1 else 1)
 
 
 def tensor_core(opcodes: tuple[str, ...]) -> int:
