@@ -807,7 +807,6 @@ class TestProducts:
         everything = {"plain", "sweep", "by_row", "groups", "bits16"}
         assert found == {
             **dict.fromkeys(("_mosaic_kernel", "_triton_serial", "_triton_int8", "_triton_dot"), everything),
-            "_triton_groups": everything,
             "_triton_unpack": {"plain", "by_row", "bits16"},  # sweeps and groups go to others
         }
 
