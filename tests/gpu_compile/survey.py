@@ -270,9 +270,11 @@ def _bitlayer_loops(kernel: machine_code.Kernel, product: Product, words: float)
 
 
 def _called(kernel: machine_code.Kernel) -> tuple[str, ...]:
-    """The one function that a kernel calls, behind its end."""
+    """The one function that a kernel calls, behind its end; none where no call returns, for those are jumps."""
     ends = [i for i, opcode in enumerate(kernel.opcodes) if opcode.startswith("EXIT")]
     returns = [i for i, opcode in enumerate(kernel.opcodes) if opcode.startswith("RET")]
+    if not returns:
+        return ()
     (stop,) = returns
     start = max(end for end in ends if end < stop) + 1
     return kernel.opcodes[start : stop + 1]
