@@ -73,7 +73,7 @@ def curve(
     if not lines:
         raise ValueError("`values` must hold a line, but got an empty dict (argument of curve). Give a sweep.")
     arrays = {label: np.asarray(line, np.float64) for label, line in lines.items()}
-    length = max(line.size for line in arrays.values())
+    length = max(len(line) if line.ndim else 1 for line in arrays.values())
     numbers = list(range(1, length + 1) if bitlayers is None else bitlayers)
     for label, line in arrays.items():
         if line.shape != (len(numbers),) or not numbers:

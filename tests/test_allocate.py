@@ -193,6 +193,33 @@ def test_what_is_chosen_can_be_stored_alone():
     assert sum(leaf.words.nbytes + leaf.scale.nbytes for leaf in small.values()) == allocation.nbytes
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_all_bitlayers_have_no_error(batch_size):
+    """Although the programs that measure them may round other than the one that they are measured against."""
+    params = {str(i): jax.random.normal(jax.random.fold_in(KEY, i), (64, 64)) / 8 for i in range(3)}
+
+    def fn(params, x):
+        for w in params.values():
+            x = jnp.tanh(x @ w)
+        return x
+
+    x = jax.random.normal(KEY, (16, 64))
+    qparams = pbjax.quantize(params, 8, fn=fn, args=(x,))
+    chosen = allocate(pbjax.quantized(fn), qparams, x, tolerance=0.0, batch_size=batch_size)
+    assert numbers_of(chosen) == (8, 8, 8)
+    assert chosen.measured_error == 0
+
+
+def test_refuses_a_trace():
+    with pytest.raises(TypeError, match="`qparams` and `batch` must have known values, but got traced ones"):
+        jax.jit(lambda x: allocate(batch=x, tolerance=0.1).nbytes)(X)
+
+
+def test_refuses_an_empty_batch():
+    with pytest.raises(ValueError, match=r"`batch` must give outputs with elements, but got shape \(0, 40\)"):
+        allocate(batch=X[:0], tolerance=0.1)
+
+
 def test_several_batches_are_averaged():
     other = X[:3] * 2
     one, two = (allocate(batch=batch, average=3) for batch in (X, other))

@@ -201,7 +201,9 @@ def test_entry_of_another_version(folder):
 def test_file_of_another_version(folder):
     path = folder / "nvidia_test_100_80gb.json"
     path.write_text(json.dumps({tuned.key("triton", PROBLEM): {"kernel": "serial", "config": {}}}))
-    with pytest.raises(ValueError, match=rf"`{re.escape(str(path))}` must be of version {tuned.VERSION}, but got 1. Delete the file"):
+    with pytest.raises(
+        ValueError, match=rf"`{re.escape(str(path))}` must be of version {tuned.VERSION}, but got 1. Delete the file"
+    ):
         tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels.bit_matmul import contract
 from pbjax import _checks, _sweep
 from pbjax._allocation.costs import Cost, costs_of, shares_of
-from pbjax._allocation.layers import Layer, check_paths, layers_of
+from pbjax._allocation.layers import Layer, check_known, check_paths, layers_of
 from pbjax._allocation.outcome import Allocation
 from pbjax._allocation.search import Search
 from pbjax._allocation.sensitivity import METRICS, Metric, Sensitivity
@@ -94,7 +94,8 @@ def allocate(
       An `Allocation`: its `bitlayers` go to `pbjax.with_bitlayers`; print it for a table.
 
     Raises:
-      TypeError: an argument of the wrong type; outputs that are no floats, with a named metric.
+      TypeError: an argument of the wrong type; called in a trace (of `jax.jit`, ..); outputs that
+        are no floats, with a named metric.
       ValueError: none or several limits; a budget or average below the smallest choice; a tolerance that no choice
         reaches; costs that are missing, negative, not finite (or not so in sum), or given with `average`; no BitTensor,
         or none that `fn` uses; outputs or errors that are not finite; bitlayers that a weight does not store.
@@ -129,6 +130,7 @@ def allocate(
     check_paths(layers)
     choices = _choices(layers, bitlayers)
     batches = _batches(batch)
+    check_known(qparams, batches, _WHERE)
     costs = costs_of(cost, layers, fn, qparams, batches[0])
     sensitivity = Sensitivity(fn, qparams, batches, metric, layers, batch_size=batch_size, progress=progress)
     sensitivity.check_depends([min(allowed) for allowed in choices])

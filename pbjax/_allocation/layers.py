@@ -8,7 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.bit_matmul import contract
 from pbjax import _bit_tensor, _paths
@@ -88,3 +90,12 @@ def check_paths(layers: Sequence[Layer]) -> None:
     twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"paths of BitTensors must differ, but `qparams` has two of {twice}. Rename one.")
+
+
+def check_known(qparams: Any, batches: Any, where: str) -> None:
+    """Raises TypeError in a trace, where nothing can be measured."""
+    if any(isinstance(array, Tracer) for array in jax.tree.leaves((qparams, batches))):
+        raise TypeError(
+            f"`qparams` and `batch` must have known values, but got traced ones ({where}). Measure outside of "
+            "`jax.jit` and other transforms."
+        )

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.extend import core
 
 from pbjax import _bit_tensor, _checks, _paths, _sweep
-from pbjax._allocation.layers import check_paths, layers_of
+from pbjax._allocation.layers import check_known, check_paths, layers_of
 from pbjax._bit_tensor import BitTensor, is_bit_tensor
 
 _WHERE = "argument of product_seconds"
@@ -47,6 +46,7 @@ def product_seconds(
       fn: fn(qparams, batch), as `pbjax.allocate` takes it.
       qparams: any pytree with BitTensors, with known values.
       batch: what `fn` takes, of the size that is to be fast: one request, say. `jax.ShapeDtypeStruct`s will do.
+        One batch: a list is an argument of `fn` like any other.
       repeats: how many times each product is timed at each number of bitlayers, in turns over these.
 
     Returns:
@@ -69,11 +69,7 @@ def product_seconds(
     repeats = _checks.integer("repeats", repeats, 1, None, _WHERE)
     names, leaves, _ = _paths.named_leaves(qparams)
     _bit_tensor.check_any(leaves)
-    if any(isinstance(array, Tracer) for array in jax.tree.leaves((leaves, batch))):
-        raise TypeError(
-            f"`qparams` and `batch` must have known values, but got traced ones ({_WHERE}). Measure outside of "
-            "`jax.jit` and other transforms."
-        )
+    check_known(leaves, batch, _WHERE)
     check_paths(layers_of(qparams))
     tensors = {name: leaf for name, leaf in zip(names, leaves, strict=True) if is_bit_tensor(leaf)}
     calls = _calls(fn, qparams, batch)

@@ -48,6 +48,7 @@ class Sensitivity:
         self._progress = progress
         self._outputs, self._errors = _compiled(fn, METRICS.get(metric, metric) if isinstance(metric, str) else metric)
         self._full = np.array([layer.bits for layer in layers], np.int32)
+        self._is_named = isinstance(metric, str)
         self._batches = []
         for i, batch in enumerate(batches):
             frozen = _sweep.freeze(batch)
@@ -77,6 +78,8 @@ class Sensitivity:
         passes = [(chunk, *batch) for chunk in chunks for batch in self._batches]
         errors = np.array([self._pass(*one) for one in self._tracked(passes)], np.float64)
         errors = errors.reshape(len(chunks), len(self._batches), -1).mean(1).ravel()[: len(rows)]
+        if self._is_named:  # of outputs from themselves: two compiled programs may round them differently
+            errors[(rows == self._full).all(1)] = 0.0
         if not np.isfinite(errors).all():
             raise ValueError(self._describe(rows[~np.isfinite(errors)][0], errors[~np.isfinite(errors)][0]))
         return errors
@@ -148,7 +151,11 @@ def _check_outputs(outputs: Any, metric: str, batch: int) -> None:
         if not jnp.isfinite(leaf).all():
             raise ValueError(
                 f"`fn` must return finite numbers at all bitlayers, but got a NaN or an infinity ({where}). "
-                "Look at the batch and at the weights."
+                "Look at the batch and at the weights; mask logits with a large negative number."
+            )
+        if not leaf.size:
+            raise ValueError(
+                f"`batch` must give outputs with elements, but got shape {leaf.shape} ({where}). Give some inputs."
             )
         if metric == "kl" and not leaf.ndim:
             raise ValueError(
