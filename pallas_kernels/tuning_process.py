@@ -92,7 +92,7 @@ def run(job: Job, *, work: Work | None = None) -> Iterator[tuple[Any, Tried]]:
     for _ in range(_MAX_LOSSES):
         lost, trying = "", None
         seconds = end - time.monotonic()
-        with _process(work or _tune, job, done, reference, seconds) as (process, connection):
+        with _Process(work or _tune, job, done, reference, seconds) as (process, connection):
             while not lost:
                 try:
                     if not connection.poll(job.patience):
@@ -138,7 +138,7 @@ def device_kind() -> str | None:
         parent.close()
 
 
-class _process:  # noqa: N801  used as a function
+class _Process:
     """A process and the end of its pipe; it is gone afterwards."""
 
     def __init__(self, work: Work, job: Job, done: list[Any], reference: Any, seconds: float):
