@@ -6,9 +6,10 @@ same values, and each row says how much faster it was than the float32 product o
 
     .venv/bin/python examples/benchmarks/cpu.py --output cpu.csv --plot cpu.png
 
-Each time is that of a call after a pause, in which the threads of other libraries go to sleep, and after calls of the
-same method for 3 ms: a processor takes about a millisecond to wake up, and weights that fit the caches are in them.
-With --cold the call before is a read of 256 MiB instead.
+In its turn a method has a pause, in which the threads of other libraries go to sleep, and is called for 3 ms, as a
+processor takes about a millisecond to wake up and weights that fit the caches get into them. Then it is called for 3 ms
+more, and the median of these calls is its time of this turn. With --cold it is called once instead, after a read of
+256 MiB. The rows have the medians and the 20th and 80th percentiles of all turns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ACTIVATION_BITS = (8, 16, None)
 SWEEP_ROWS = 8  # with more, a sweep is a product for each count
 READ_WORDS = 2**26  # more than caches hold
 PAUSE_S = 0.005
-WARM_S = 0.003  # the same time for every method, not the same number of calls
+WARM_S = 0.003  # of calls before those that count, and of these: the same time for every method, not the same number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,6 +221,17 @@ def warm_up(call: Callable[[], Any]) -> None:
         call()
 
 
+def timed(call: Callable[[], Any], seconds: float) -> float:
+    """The median time of one call in microseconds, of as many as start before a time has passed, one at least."""
+    times = []
+    start = now = time.perf_counter()
+    while not times or now < start + seconds:
+        call()
+        before, now = now, time.perf_counter()
+        times.append(now - before)
+    return float(np.median(times)) * 1e6
+
+
 def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) -> list[Row]:
     """The rows of one shape."""
     threads = os.cpu_count() or 1
@@ -249,9 +261,7 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
                 continue
             time.sleep(PAUSE_S)
             flush() if cold else warm_up(method.call)
-            start = time.perf_counter()
-            method.call()
-            times[i].append((time.perf_counter() - start) * 1e6)
+            times[i].append(timed(method.call, 0.0 if cold else WARM_S))
     medians = {method.name: float(np.median(t)) for method, t in zip(methods, times, strict=True)}
     rows = []
     for method, t in zip(methods, times, strict=True):
