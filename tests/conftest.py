@@ -10,6 +10,8 @@ import hypothesis
 import jax
 import pytest
 
+import pbjax
+
 # No silent widening of dtypes or ranks, in the tests or in the library.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -26,3 +28,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 def path(tmp_path):
     """Where a file may be saved, alone in its folder."""
     return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def reference_backend():
+    """For where it makes no difference which backend multiplies: the oracle compiles fastest."""
+    with pbjax.use_backend("reference"):
+        yield

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import pbjax
-from tests import test_flax
+from tests import flax_layers
 
 FILE = Path(__file__).parent.parent / "docs" / "layers.md"
 KEY = jax.random.key(0)
@@ -42,16 +42,16 @@ and no others; with `fn` a table is packed only if `attend` or another product u
 
 def rows() -> list[tuple[str, str, str, str]]:
     lines = []
-    for library, ours, cases in (("linen", pbjax.linen, test_flax.LINEN), ("nnx", pbjax.nnx, test_flax.NNX)):
+    for library, ours, cases in (("linen", pbjax.linen, flax_layers.LINEN), ("nnx", pbjax.nnx, flax_layers.NNX)):
         named = [(name, name, arguments, args) for name, arguments, args in cases]
         if library == "linen":
             named += [
-                ("RNN", "RNN of LSTMCell", dict(cell=nn.LSTMCell(32)), (test_flax.X,)),
+                ("RNN", "RNN of LSTMCell", dict(cell=nn.LSTMCell(32)), (flax_layers.X,)),
                 (
                     "Conv",
                     "Conv with mask",
-                    dict(test_flax.LINEN[5][1], mask=jnp.ones((3, 3, 3, 6))),
-                    (test_flax.IMAGE,),
+                    dict(flax_layers.LINEN[5][1], mask=jnp.ones((3, 3, 3, 6))),
+                    (flax_layers.IMAGE,),
                 ),
             ]
         seen = set()
@@ -69,16 +69,16 @@ def _row(
         layer = getattr(nn, name)(**arguments)
         fn, tree = layer.apply, jax.eval_shape(layer.init, KEY, *args)
     else:
-        fn, tree = test_flax.call, nnx.eval_shape(lambda: getattr(nnx, name)(**arguments, rngs=nnx.Rngs(0)))
+        fn, tree = flax_layers.call, nnx.eval_shape(lambda: getattr(nnx, name)(**arguments, rngs=nnx.Rngs(0)))
     # Abstract, so nothing is compiled.
-    rules = test_flax.rules_of(name)
+    rules = flax_layers.rules_of(name)
     packed = jax.eval_shape(lambda tree: pbjax.quantize(tree, 8, fn=fn, args=args, rules=rules), tree)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         jax.eval_shape(lambda packed, args: pbjax.quantized(fn)(packed, *args), packed, args)
     messages = [str(each.message) for each in caught if each.category is pbjax.DequantizedWarning]
     needs = [primitive for message in messages for primitive in re.findall(r"\w+/kernel \((.+?)\)", message)]
-    axes = [str(tensor.contract_axes).replace(",)", ")") for tensor in test_flax.tensors_of(packed)]
+    axes = [str(tensor.contract_axes).replace(",)", ")") for tensor in flax_layers.tensors_of(packed)]
     counterpart = f"`pbjax.{library}.{name}`" if hasattr(ours, name) and "mask" not in label else ""
     weights = ", ".join(f"{axes.count(each)} x {each}" for each in dict.fromkeys(axes))
     return f"`{library}` {label}", weights, "as floats: " + ", ".join(needs) if needs else "yes", counterpart
