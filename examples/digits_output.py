@@ -7,8 +7,9 @@ from pathlib import Path
 
 import matplotlib.figure
 import rich.table
+from picture import speeds
 
-import pbjax
+import pbjax.plot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,10 @@ def make_table(rows: list[Row], title: str) -> rich.table.Table:
 def draw(rows: list[Row], title: str, path: Path) -> None:
     """Accuracy and speed against the number of bitlayers, as a picture."""
     baseline, *others = rows
-    bitlayers = [row.bitlayers for row in others]
     accuracies = [100 * row.accuracy for row in others]
-    speedups = [baseline.ms / row.ms for row in others]
-    megabytes = [f"{row.num_bytes / 1e6:.2g}" for row in others]
     figure = matplotlib.figure.Figure(figsize=(10, 4.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.04)
-    figure.suptitle(f"{title}: one stored model, 1 to {bitlayers[-1]} bitlayers", fontsize=13, fontweight="bold")
+    figure.suptitle(f"{title}: one stored model, 1 to {others[-1].bitlayers} bitlayers", fontsize=13, fontweight="bold")
     left, right = figure.subplots(1, 2)
 
     pbjax.plot.curve(
@@ -64,15 +62,11 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         ax=left,
     )
 
-    bars = right.bar(bitlayers, speedups, color=pbjax.plot.ORANGE, width=0.7)
-    right.bar_label(bars, [f"{speedup:.1f}x" for speedup in speedups], padding=2, color=pbjax.plot.ORANGE)
-    right.axhline(1, color=pbjax.plot.DARK, linestyle="--", label=f"float32 model: {baseline.num_bytes / 1e6:.2g} MB")
-    right.set_title("Speed, one image at a time (float32 = 1)", loc="left")
-    right.set_xlabel("bitlayers used, and megabytes they take")
-    right.set_xticks(bitlayers, [f"{b}\n{size}" for b, size in zip(bitlayers, megabytes, strict=True)])
-    right.margins(y=0.2)
-    right.legend(loc="upper right", frameon=False)
-
-    pbjax.plot.tidy(right)
+    speeds(
+        {row.bitlayers: (baseline.ms / row.ms, row.num_bytes) for row in others},
+        baseline_bytes=baseline.num_bytes,
+        title="Speed, one image at a time (float32 = 1)",
+        axes=right,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

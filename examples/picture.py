@@ -1,10 +1,11 @@
-"""The picture that `language_model.py` and `inference_nli.py` draw."""
+"""The picture that `language_model.py` and `inference_nli.py` draw, and a panel of it that `digits.py` has, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.axes
 import matplotlib.figure
 from quality import Row
 
@@ -33,15 +34,34 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         left.set_yscale("log")
         left.yaxis.set_major_formatter("{x:g}")
         left.yaxis.set_minor_formatter("{x:g}")
-    bitlayers = [int(row.bitlayers) for row in uniform]
-    bars = right.bar(bitlayers, [row.speedup for row in uniform], color=ORANGE, width=0.7)
-    right.bar_label(bars, [f"{row.speedup:.1f}x" for row in uniform], padding=2, color=ORANGE)
-    right.axhline(1, color=DARK, linestyle="--", label=f"float32: {baseline.num_bytes / 1e6:.2g} MB")
-    right.set_title("Speed, one example at a time (float32 = 1)", loc="left")
-    right.set_xlabel("bitlayers used, and megabytes of all parameters")
-    right.set_xticks(bitlayers, [f"{b}\n{row.num_bytes / 1e6:.2g}" for b, row in zip(bitlayers, uniform, strict=True)])
-    right.margins(y=0.2)
-    right.legend(loc="upper right", frameon=False)
-    pbjax.plot.tidy(right)
+    speeds(
+        {int(row.bitlayers): (row.speedup, row.num_bytes) for row in uniform},
+        baseline_bytes=baseline.num_bytes,
+        title="Speed, one example at a time (float32 = 1)",
+        axes=right,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def speeds(
+    measured: Mapping[int, tuple[float, int]], *, baseline_bytes: int, title: str, axes: matplotlib.axes.Axes
+) -> None:
+    """Bars of speed.
+
+    Args:
+      measured: speed and bytes of all parameters, by the number of bitlayers.
+      baseline_bytes: of the float32 model, whose speed is 1.
+      title: of the panel.
+      axes: where the bars go.
+    """
+    factors, sizes = zip(*measured.values(), strict=True)
+    bars = axes.bar(list(measured), factors, color=ORANGE, width=0.7)
+    axes.bar_label(bars, [f"{factor:.1f}x" for factor in factors], padding=2, color=ORANGE)
+    axes.axhline(1, color=DARK, linestyle="--", label=f"float32: {baseline_bytes / 1e6:.2g} MB")
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("bitlayers used, and megabytes of all parameters")
+    axes.set_xticks(list(measured), [f"{b}\n{size / 1e6:.2g}" for b, size in zip(measured, sizes, strict=True)])
+    axes.margins(y=0.2)
+    axes.legend(loc="upper right", frameon=False)
+    pbjax.plot.tidy(axes)
