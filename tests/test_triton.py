@@ -169,7 +169,9 @@ def test_a_row_does_not_depend_on_others(m):
 
 FLOAT = {
     "one_row": Case(m=1, k=70, n=3, bits=2),
+    "one_bitlayer": Case(m=3, k=70, n=5, bits=1),
     "two_code_limbs": Case(m=3, k=40, n=5, bits=11),
+    "sign_alone_in_its_limb": Case(m=5, k=40, n=3, bits=9),
     "rows_past_a_block": Case(m=70, k=33, n=66, bits=3),
     "short_last_group": Case(m=3, k=1300, n=4, bits=5, group_size=512, cut={"num_blocks": 5}),
     "many_blocks": Case(m=2, k=32 * 16 * 3, n=4, bits=4, cut={"num_blocks": 7}),
@@ -218,7 +220,9 @@ def test_very_many_rows_of_one_count():
     assert_close(case, jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(*args), *args)
 
 
-@pytest.mark.parametrize("case", ["two_code_limbs", "short_last_group", "groups_of_four_words", "dot_of_xla"])
+@pytest.mark.parametrize(
+    "case", ["one_bitlayer", "two_code_limbs", "short_last_group", "groups_of_four_words", "dot_of_xla"]
+)
 def test_all_prefixes_of_float_activations(case):
     case = FLOAT[case]
     limit = case.bits - 2 if case.bits > 3 else case.bits

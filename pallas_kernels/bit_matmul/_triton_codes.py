@@ -103,7 +103,7 @@ def signed(bitlayers: list[jax.Array], *, interpret: bool) -> jax.Array:
 def centred(bitlayers: list[jax.Array], used: jax.Array, *, interpret: bool) -> jax.Array:
     """uint32[words, channels] of each of up to 8 bitlayers -> bf16[channels, 32 * words], c8 - 128 + 2**(7 - used).
 
-    Of one bitlayer, which is used, 1 or -1.
+    Of one bitlayer, which is used, 1 or -1. `centre_unit` is what 1 stands for.
     """
     top, *lower = bitlayers
     if lower:
@@ -127,8 +127,13 @@ def centred(bitlayers: list[jax.Array], used: jax.Array, *, interpret: bool) -> 
         )
 
     pairs = [pair(field, selector) for field in fields for selector in _BYTE_PAIRS]
-    values = _join([half.T for word in pairs for half in _ptx.unpack_bfloat16(word)])
+    values = join([half.T for word in pairs for half in _ptx.unpack_bfloat16(word)])
     return values.reshape(top.shape[1], contract.WORD_BITS * top.shape[0])
+
+
+def centre_unit(first: int, num: int) -> float:
+    """What takes `centred` of `num` bitlayers, of which number `first` is the first, to the centres of their cells."""
+    return 2.0 ** -(first + (contract.LIMB_BITS - 1 if num > 1 else 1))
 
 
 def _codes(fields: list[jax.Array], interpret: bool) -> list[jax.Array]:
@@ -155,11 +160,11 @@ def _exchange(fields: list[jax.Array], distance: int, kept: int, interpret: bool
     return out
 
 
-def _join(arrays: list[jax.Array]) -> jax.Array:
+def join(arrays: list[jax.Array]) -> jax.Array:
     """2**d arrays as one with d more axes, the last array index the fastest: they stay in the registers of a lane."""
     if len(arrays) == 1:
         return arrays[0]
-    return jnp.stack([_join(arrays[::2]), _join(arrays[1::2])], axis=-1)
+    return jnp.stack([join(arrays[::2]), join(arrays[1::2])], axis=-1)
 
 
 def inside(first: jax.Array, size: int, total: int) -> jax.Array | None:

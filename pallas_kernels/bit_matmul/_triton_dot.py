@@ -181,7 +181,7 @@ def _kernel(
         total = zero
         for first, last in problem.code_limbs:
             used = jnp.clip(count - first, 0, last - first)
-            unit = 2.0 ** -(contract.LIMB_BITS - 1 + first)
+            unit = _triton_codes.centre_unit(first, last - first)
 
             def values_of(block, first=first, last=last, used=used):
                 bitlayers = load_words(*span(block), first, last - first, used)
