@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bit_matmul import _triton_int8, contract, reference, triton
+from pallas_kernels.bit_matmul import _triton_order, contract, reference, triton
 from tests import cases, oracle
 
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
@@ -90,11 +90,11 @@ def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return jnp.asarray(x), jnp.asarray(words), jnp.asarray(scale), jnp.asarray(bitlayers, jnp.int32)
 
 
-@pytest.mark.parametrize("m", [70, 2100])
+@pytest.mark.parametrize("m", [1, 64, 70, 2100])
 def test_rows_are_sorted_and_put_back(m):
     """By comparison and by a sort: rows of equal counts stay in order."""
     counts = np.random.default_rng(m).integers(1, 9, m)
-    order, rank = _triton_int8._order(jnp.asarray(counts, jnp.int32))
+    order, rank = _triton_order.by_count(jnp.asarray(counts, jnp.int32), interpret=True)
     np.testing.assert_array_equal(order, np.argsort(counts, stable=True))
     np.testing.assert_array_equal(order[rank], np.arange(m))
 
@@ -103,6 +103,7 @@ def test_rows_decide_the_kernel():
     assert {type(case.config) for case in FIXED_POINT.values()} == {triton.SerialConfig}
     assert {type(case.config) for case in MANY_ROWS.values()} == {triton.Int8Config}
     assert isinstance(FLOAT["rows_past_a_block"].config, triton.DotConfig)
+    assert isinstance(FLOAT["many_rows"].config, triton.DotRowsConfig)
     assert isinstance(FLOAT["dot_of_xla"].config, triton.UnpackConfig)
     groups = dataclasses.replace(FLOAT["dot_of_xla"], k=1024, group_size=512)
     assert isinstance(groups.config, triton.DotConfig)  # which scales groups and adds them up
@@ -172,14 +173,17 @@ FLOAT = {
     "one_bitlayer": Case(m=3, k=70, n=5, bits=1),
     "two_code_limbs": Case(m=3, k=40, n=5, bits=11),
     "sign_alone_in_its_limb": Case(m=5, k=40, n=3, bits=9),
-    "rows_past_a_block": Case(m=70, k=33, n=66, bits=3),
+    "rows_past_a_block": Case(m=40, k=33, n=66, bits=3, cut={"block_rows": 16}),
     "short_last_group": Case(m=3, k=1300, n=4, bits=5, group_size=512, cut={"num_blocks": 5}),
     "many_blocks": Case(m=2, k=32 * 16 * 3, n=4, bits=4, cut={"num_blocks": 7}),
     "groups_of_a_word": Case(m=3, k=32 * 9, n=5, bits=3, group_size=32),
     "groups_of_four_words": Case(m=2, k=256, n=130, bits=11, group_size=128, cut={"num_blocks": 2}),
     "groups_of_seven_words": Case(m=70, k=1000, n=4, bits=5, group_size=224, cut={"block_rows": 16}),
-    "dot_of_xla": Case(m=256, k=33, n=5, bits=3),
-    "dot_of_xla_two_code_limbs": Case(m=256, k=140, n=70, bits=11, cut={"block_n": 32, "block_words": 2}),
+    "many_rows": Case(m=70, k=140, n=20, bits=3, cut=SMALL),
+    "many_rows_two_code_limbs": Case(m=66, k=300, n=40, bits=9, cut={**SMALL, "block_words": 2, "num_blocks": 3}),
+    "many_rows_one_bitlayer": Case(m=140, k=33, n=5, bits=1),
+    "dot_of_xla": Case(m=1024, k=33, n=5, bits=3),
+    "dot_of_xla_two_code_limbs": Case(m=1030, k=140, n=70, bits=11, cut={"block_n": 32, "block_words": 2}),
 }
 
 
@@ -201,7 +205,7 @@ def assert_close(case: Case, y: jax.Array, x: jax.Array, words: jax.Array, scale
     [(name, jnp.float32) for name in FLOAT]
     + [
         (name, dtype)
-        for name in ("two_code_limbs", "groups_of_a_word", "dot_of_xla")
+        for name in ("two_code_limbs", "groups_of_a_word", "many_rows_two_code_limbs", "dot_of_xla")
         for dtype in (jnp.bfloat16, jnp.float16)
     ],
 )

@@ -457,12 +457,13 @@ def test_candidates_fit_their_problems():
         assert found[0] == mosaic.config_for(problem)
         assert len(set(found)) == len(found) > 3
     many = pbjax.Problem(m=256, k=4096, n=4096, bits=8, group_size=None, activation_bits=None)
-    assert {type(config) for config in triton.candidates(many)} == {triton.DotConfig, triton.UnpackConfig}
+    floats = {triton.DotConfig, triton.DotRowsConfig, triton.UnpackConfig}
+    assert {type(config) for config in triton.candidates(many)} == floats
     few = pbjax.Problem(m=2, k=4096, n=4096, bits=8, group_size=128, activation_bits=8)
     int8 = pbjax.Problem(m=64, k=4096, n=4096, bits=8, group_size=None, activation_bits=8)
     assert {type(config) for config in triton.candidates(few)} == {triton.SerialConfig, triton.Int8Config}
-    # A sweep does not unpack, and cuts int8 products by itself.
-    assert triton.UnpackConfig not in {type(config) for config in triton.candidates(many, sweep=True)}
+    # A sweep cuts int8 products by itself, and floats in one way.
+    assert {type(config) for config in triton.candidates(many, sweep=True)} == {triton.DotConfig}
     ways = [dataclasses.replace(c, parts=None) for c in triton.candidates(int8, sweep=True)]
     assert len(set(ways)) == len(ways) < len(triton.candidates(int8))
     assert triton.candidates(int8, sweep=True)[0] == triton.config_for(int8)

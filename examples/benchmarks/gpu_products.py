@@ -20,7 +20,7 @@ import pbjax
 READY = "the device answers"  # printed before the first product
 K, N = 1000, 132  # which fill no block of any kernel; n is a multiple of 4, as `mosaic` asks for
 SEVERAL = 3  # rows, few and none of them a block
-MANY, VERY_MANY = 70, 260  # rows, for the tensor core, and for a dot of XLA's
+MANY, VERY_MANY = 70, 1030  # rows, for the tensor core, and for a dot of XLA's
 BACKENDS = ("mosaic", "triton")
 
 

@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_codes, contract
+from pallas_kernels.bit_matmul import _triton_codes, _triton_order, contract
 
 _PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}  # of at most 8 significant bits each
 
@@ -94,16 +94,18 @@ def matmul(
     *,
     config: Config,
     interpret: bool,
-    onto: jax.Array | None = None,
 ) -> jax.Array:
     """The product of the contract, f32[m, n]; where `bitlayers` is a limit, int32[], all prefixes, f32[bits, m, n].
 
-    x: f32, bf16 or f16[m, 32 * num_words], 0 past k. Rows of no bitlayers are those of `onto`, f32[m, n].
+    x: f32, bf16 or f16[m, 32 * num_words], 0 past k.
     """
     sweep = bitlayers.ndim == 0
+    rank = None
+    if not sweep and problem.m > config.block_rows:  # rows of one count together: few blocks have more than one
+        order, rank = _triton_order.by_count(bitlayers, interpret=interpret)
+        x, bitlayers = x[order], bitlayers[order]
     num_counts = problem.bits if sweep else 1
     num_parts = pl.cdiv(count_blocks(problem, config), config.num_blocks)
-    assert onto is None or num_parts == 1, "parts are added to each other"
     out = _compat.triton_call(
         functools.partial(_kernel, problem=problem, config=config, sweep=sweep, interpret=interpret),
         name="bit_matmul_dot",
@@ -116,25 +118,20 @@ def matmul(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-        input_output_aliases={} if onto is None else {0: 0},
     )(
-        None if onto is None else onto[None, None],
         _triton_codes.arrange(split(x)),
         jnp.atleast_1d(bitlayers),
         words,
         scale,
     )
     y = out.sum(axis=1)
-    return y if sweep else y[0]
+    return y if sweep else y[0] if rank is None else y[0, rank]
 
 
-def _kernel(
-    onto, x, counts, words, scale, out, *, problem: contract.Problem, config: Config, sweep: bool, interpret: bool
-):
+def _kernel(x, counts, words, scale, out, *, problem: contract.Problem, config: Config, sweep: bool, interpret: bool):
     """One block of channels, one block of rows, and one part of the words; of a sweep, one number of bitlayers.
 
     Args:
-      onto: what `out` holds before, or None
       x: [parts of x, m, 32 * num_words] bf16
       counts: [m] int32, of a sweep [1], the limit
       words: [bits, num_words, n] uint32
@@ -145,7 +142,6 @@ def _kernel(
       sweep: all prefixes.
       interpret: not for Triton.
     """
-    del onto
     first_channel, first_row = pl.program_id(0) * config.block_n, pl.program_id(1) * config.block_rows
     num_parts = out.shape[1]
     part, index = pl.program_id(2) % num_parts, pl.program_id(2) // num_parts

@@ -24,7 +24,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _int8_operands, _triton_codes, _triton_epilogue, contract, epilogue, limbs
+from pallas_kernels.bit_matmul import (
+    _int8_operands,
+    _triton_codes,
+    _triton_epilogue,
+    _triton_order,
+    contract,
+    epilogue,
+    limbs,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +57,6 @@ _BLOCK_N = 128  # with 4 warps and 4 words, a lane loads 4 channels: 16 bytes
 _BLOCK_ROWS = 64
 _BLOCK_WORDS = 4
 _MAX_LIMBS = 2  # 64 registers each
-_MAX_COMPARED_ROWS = 2048  # for as many rows 4 million comparisons
 MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
@@ -91,7 +98,7 @@ def matmul(
     if problem.m <= config.block_rows:
         return _sorted_matmul(problem, codes, words, scale, bitlayers, config, interpret)
     # Rows of one count come together, so that few blocks of rows have more than one.
-    order, rank = _order(bitlayers)
+    order, rank = _triton_order.by_count(bitlayers, interpret=interpret)
     return _sorted_matmul(problem, codes[order], words, scale, bitlayers[order], config, interpret)[rank]
 
 
@@ -113,20 +120,6 @@ def prefixes(
     parts = limbs.split(codes, problem.activation_limbs)
     row_sums = _int8_operands.sum_rows(problem, parts)
     return _launch(problem, parts, row_sums, words, scale, limit, config, interpret)
-
-
-def _order(bitlayers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows by their number of bitlayers, and the place of each row among them. int32[m] each."""
-    row = jnp.arange(bitlayers.shape[0], dtype=jnp.int32)
-    if row.size > _MAX_COMPARED_ROWS:
-        order = jnp.argsort(bitlayers).astype(jnp.int32)
-    else:
-        before = (bitlayers[None, :] < bitlayers[:, None]) | (
-            (bitlayers[None, :] == bitlayers[:, None]) & (row[None, :] < row[:, None])
-        )
-        rank = jnp.sum(before, axis=1, dtype=jnp.int32)  # one fusion, where a sort is a kernel after the other
-        order = jnp.zeros_like(row).at[rank].set(row, unique_indices=True)
-    return order, jnp.zeros_like(row).at[order].set(row, unique_indices=True)
 
 
 def _sorted_matmul(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_codes, _triton_dot, contract, epilogue
+from pallas_kernels.bit_matmul import _triton_codes, _triton_dot, _triton_dot_rows, contract, epilogue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def matmul(
 ) -> jax.Array:
     """The product of the contract, of one group. x: f32, bf16 or f16[m, 32 * num_words], 0 past k.
 
-    All rows are multiplied at the largest number of bitlayers. Those of smaller ones `_triton_dot` does again, in
+    All rows are multiplied at the largest number of bitlayers. Those of smaller ones `_triton_dot_rows` does again, in
     programs that end at once where there are none: XLA would wait for the host to learn which numbers there are.
     """
     parts = _triton_codes.arrange(_triton_dot.split(x))
@@ -59,14 +59,14 @@ def matmul(
         sums = jnp.dot(rows, values, preferred_element_type=jnp.float32)
         for part in sums.reshape(-1, problem.m, problem.n)[::-1]:
             total = total + part
-    others = _triton_dot.config_for(problem, x.dtype)
-    return _triton_dot.matmul(
+    others = _triton_dot_rows.config_for(problem)
+    return _triton_dot_rows.matmul(
         problem,
         x,
         words,
         scale,
         jnp.where(bitlayers == largest, 0, bitlayers),
-        config=dataclasses.replace(others, num_blocks=_triton_dot.count_blocks(problem, others)),
+        config=dataclasses.replace(others, num_blocks=_triton_dot_rows.count_blocks(problem, others)),
         interpret=interpret,
         onto=total * epilogue.scale_rows(scale[:, 0], bitlayers),
     )

@@ -2,9 +2,10 @@
 
 Few rows of fixed point go to `_triton_serial`, which works on the words themselves, many to `_triton_int8`, which
 unpacks words for the int8 tensor core; both sum the same integers, so which one runs never shows. Float activations go
-to `_triton_dot`, which unpacks words for the bfloat16 tensor core, or, for very many rows, to `_triton_unpack`, which
-unpacks them once for a dot of XLA's. Sweeps of many rows go to `_triton_int8_sweep` and `_triton_dot_sweep`. `matmul`
-and `prefixes` are those of the contract; `interpret` runs their kernels on the CPU, as JAX operations.
+to `_triton_dot`, which unpacks words for the bfloat16 tensor core, many rows to `_triton_dot_rows`, which does so while
+it multiplies, very many to `_triton_unpack`, which unpacks words once for a dot of XLA's. Sweeps of many rows go to
+`_triton_int8_sweep` and `_triton_dot_sweep`. `matmul` and `prefixes` are those of the contract; `interpret` runs their
+kernels on the CPU, as JAX operations.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels.bit_matmul import (
     _triton_dot,
+    _triton_dot_rows,
     _triton_dot_sweep,
     _triton_int8,
     _triton_int8_sweep,
@@ -34,15 +37,18 @@ from pallas_kernels.bit_matmul import (
 SerialConfig = _triton_serial.Config
 Int8Config = _triton_int8.Config
 DotConfig = _triton_dot.Config
+DotRowsConfig = _triton_dot_rows.Config
 UnpackConfig = _triton_unpack.Config
-Config = SerialConfig | Int8Config | DotConfig | UnpackConfig
+Config = SerialConfig | Int8Config | DotConfig | DotRowsConfig | UnpackConfig
 CONFIGS = {
     "serial": SerialConfig,
     "int8": Int8Config,
     "dot": DotConfig,
+    "dot_rows": DotRowsConfig,
     "unpack": UnpackConfig,
 }
-_FLOAT_CONFIGS = (DotConfig, UnpackConfig)
+_FLOAT_CONFIGS = (DotConfig, DotRowsConfig, UnpackConfig)
+_UNGROUPED = (DotRowsConfig, UnpackConfig)  # kernels that take one scale for each channel
 
 _MAX_SUMS = 2**29  # integers that the kernels leave to XLA: 2 GiB
 _MAX_CODES = 2**31  # Pallas counts in 64 bits where an array has more than 2**32 bytes, in signed 32 bits else
@@ -52,9 +58,13 @@ _MAX_CODES = 2**31  # Pallas counts in 64 bits where an array has more than 2**3
 # bitlayers these meet below 8; that the other kernel has barriers in its loop, unknown in cost, speaks for more.
 _SERIAL_WORK = 32
 _MAX_SERIAL_WORK = 256  # beyond which it is not worth timing
-# Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate, not measured.
-# `_triton_dot` unpacks again for every 64 rows.
-_XLA_DOT_ROWS = 256
+# Rows of float activations beyond which `_triton_dot` would unpack again; `_triton_dot_rows` does for every 128.
+_DOT_ROWS = 64
+# Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate from machine
+# code, not measured. In units of the time in which the memory of an H200 delivers 8 bitlayers, that dot takes 1.2 for
+# every 128 rows, and to unpack first takes 3. `_triton_dot_rows` issues for 0.8 beside each 1.2: it takes no longer if
+# all of that is hidden behind the tensor core, and 3 more at 450 rows if none is. If half is, they meet at 900.
+_XLA_DOT_ROWS = 1024
 
 
 def unsupported(problem: contract.Problem) -> str | None:
@@ -81,8 +91,9 @@ def config_for(problem: contract.Problem, dtype: DTypeLike = jnp.float32) -> Con
     The type says which kernel runs it.
     """
     if problem.activation_bits is None:
-        many = problem.m >= _XLA_DOT_ROWS and problem.groups == 1
-        return _triton_unpack.config_for(problem) if many else _triton_dot.config_for(problem, jnp.dtype(dtype))
+        if problem.groups > 1 or problem.m <= _DOT_ROWS:
+            return _triton_dot.config_for(problem, jnp.dtype(dtype))
+        return (_triton_unpack if problem.m >= _XLA_DOT_ROWS else _triton_dot_rows).config_for(problem)
     few = problem.m * problem.activation_bits <= _SERIAL_WORK
     return (_triton_serial if few else _triton_int8).config_for(problem)
 
@@ -90,7 +101,7 @@ def config_for(problem: contract.Problem, dtype: DTypeLike = jnp.float32) -> Con
 def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config]:
     """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`.
 
-    Of a sweep but for those that it does not tell apart: it does not unpack, and cuts int8 products by itself.
+    Of a sweep but for those that it does not tell apart: it cuts int8 products by itself, floats as `_triton_dot` does.
     """
     found: list[Config] = [config_for(problem)]
     if problem.activation_bits is None:
@@ -98,6 +109,9 @@ def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config
         rows = [dot.block_rows, 64][: 1 + (problem.m > dot.block_rows)]
         found += _variants(dot, block_rows=rows, num_warps=(4, 8), block_n=(128, 256))
         if problem.groups == 1:
+            rows = _triton_dot_rows.config_for(problem)
+            blocks = _triton_dot_rows.count_blocks(problem, rows)
+            found += _variants(rows, num_blocks=sorted({pl.cdiv(blocks, parts) for parts in (1, 2, 4)}))
             found += _variants(_triton_unpack.config_for(problem), num_warps=(4, 8))
     else:
         serial = _triton_serial.config_for(problem)
@@ -109,7 +123,7 @@ def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config
         found += _variants(int8, parts=parts, block_rows=(64, 128)[: 1 + (problem.m > 64)])
         found += _variants(int8, parts=parts, num_warps=(8,), block_words=(8,))
     if sweep:
-        found = [config for config in found if not isinstance(config, UnpackConfig)] or found
+        found = [config for config in found if not isinstance(config, _UNGROUPED)] or found
         ways = [dataclasses.replace(c, parts=None) if isinstance(c, Int8Config) else c for c in found]
         found = list(dict(zip(reversed(ways), reversed(found), strict=True)).values())[::-1]
     return list(dict.fromkeys(found))
@@ -176,6 +190,8 @@ def _matmul(
         return _triton_serial.matmul(
             problem, x, words, scale, bitlayers, sweep=False, config=config, interpret=interpret
         )
+    if isinstance(config, DotRowsConfig):
+        return _triton_dot_rows.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
     if isinstance(config, UnpackConfig):
         return _triton_unpack.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
     return _triton_dot.matmul(problem, x, words, scale, bitlayers, config=config, interpret=interpret)
@@ -204,7 +220,7 @@ def prefixes(
         limits = jnp.full((problem.m,), limit, jnp.int32)
         return _triton_serial.matmul(problem, x, words, scale, limits, sweep=True, config=config, interpret=interpret)
     if isinstance(config, _FLOAT_CONFIGS):
-        if isinstance(config, UnpackConfig):  # would write, and read again, 16 bits for each bit
+        if isinstance(config, _UNGROUPED):  # multiply by all bitlayers at once
             config = _triton_dot.config_for(problem, x.dtype)
         long = problem.groups == 1 or problem.words_per_group >= _triton_dot_sweep.MIN_WORDS
         run = _triton_dot_sweep.prefixes if long else _triton_dot.matmul
@@ -224,7 +240,7 @@ def _check(problem: contract.Problem, config: Config | None, x: Any, *, sweep: b
             f"`config` must be that of a kernel for {'float' if is_float else 'fixed-point'} activations, but got "
             f"{config}. `config_for` returns one."
         )
-    if isinstance(config, UnpackConfig) and problem.groups > 1:
+    if isinstance(config, _UNGROUPED) and problem.groups > 1:
         raise ValueError(
             f"`config` must be a DotConfig for {problem.groups} groups, but got {config}. `config_for` returns one."
         )

@@ -217,7 +217,8 @@ class TestProducts:
         everything = {"plain", "sweep", "by_row", "groups", "bits16"}
         assert found == {
             **dict.fromkeys(("_mosaic_kernel", "_triton_serial", "_triton_int8", "_triton_dot"), everything),
-            "_triton_unpack": {"plain", "by_row", "bits16"},  # sweeps and groups go to others
+            "_triton_dot_rows": {"plain", "sweep", "by_row", "bits16"},  # groups go to another, and its sweeps do
+            "_triton_unpack": {"plain", "by_row", "bits16"},  # likewise
         }
 
     def test_run(self, rooms, capsys):

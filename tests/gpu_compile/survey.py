@@ -144,11 +144,11 @@ class Product:
 
     @property
     def config(self) -> Any:
-        """That of the heuristics; sweeps do not unpack."""
+        """That of the heuristics; sweeps of floats are cut in one way."""
         if self.backend == "mosaic":
             return mosaic.config_for(self.problem)
         config = triton.config_for(self.problem, FLOAT)
-        if self.sweep and isinstance(config, triton.UnpackConfig):
+        if self.sweep and isinstance(config, triton.DotRowsConfig | triton.UnpackConfig):
             return _triton_dot.config_for(self.problem, jnp.dtype(FLOAT))
         return config
 
@@ -169,7 +169,7 @@ def products(devices: Sequence[str] = tuple(DEVICES), bits: Sequence[int] = BITS
 
 def _unrolled(product: Product) -> bool:
     """Whether the kernel has code for each stored bitlayer, and is another one where fewer are stored."""
-    return isinstance(product.config, triton.Int8Config | triton.DotConfig | triton.UnpackConfig)
+    return isinstance(product.config, triton.Int8Config | triton.DotConfig | triton.DotRowsConfig | triton.UnpackConfig)
 
 
 def _key(product: Product) -> tuple[Any, ...]:
@@ -307,6 +307,7 @@ _FAMILIES: Mapping[type, Family] = {
     triton.SerialConfig: Family(name="bit_matmul_serial", loops=_bitlayer_loops),
     triton.Int8Config: Family(name="bit_matmul_int8", loops=_block_loops),
     triton.DotConfig: Family(name="bit_matmul_dot", loops=_block_loops),
+    triton.DotRowsConfig: Family(name="bit_matmul_dot_rows", loops=_block_loops),
     triton.UnpackConfig: Family(name="bit_matmul_unpack", loops=_no_loops),
 }
 
@@ -430,7 +431,7 @@ def _tensor_operations(product: Product) -> tuple[str, float] | None:
     problem, config = product.problem, product.config
     if isinstance(config, triton.Int8Config):
         operands, factor = "int8", problem.activation_limbs
-    elif isinstance(config, triton.DotConfig):
+    elif isinstance(config, triton.DotConfig | triton.DotRowsConfig):
         operands, factor = "bf16", 1  # of bfloat16 activations
     else:
         return None

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 CALL = ("kCustomCall", "kCustomCall")  # Mosaic GPU: XLA does not know the name of the kernel
+_FLOATS = {(64, None): 7, (64, 128): 7, (256, None): 6, (256, 128): 7, (1024, None): 11}  # rows and group size
 _INT8 = 9  # rows, largest magnitude, rounding, limbs, their sums, their order, two of constants, the product, floats
 
 
@@ -62,14 +63,16 @@ def test_many_rows(group_size, sweep):
     assert len(launches) <= _INT8 + sweep, launches
 
 
-@pytest.mark.parametrize(("m", "group_size"), [(64, None), (64, 128), (256, None), (256, 128)])
+@pytest.mark.parametrize(("m", "group_size"), [(64, None), (64, 128), (256, None), (256, 128), (1024, None)])
 def test_float_activations(m, group_size):
-    """No loop of XLA's either, whatever the numbers of bitlayers; from 256 rows on, the dot in between is XLA's."""
+    """No loop of XLA's either, whatever the numbers of bitlayers; from 1024 rows on, the dot in between is XLA's."""
     problem = contract.Problem(m=m, k=4096, n=4096, bits=8, group_size=group_size, activation_bits=None)
     launches = in_own_process(launches_of, "triton", problem, False)
     names = [launch.name for launch in launches if "bit_matmul" in launch.name]
-    many = ["bit_matmul_unpack", "bit_matmul_dot"]
-    assert names == (many if m == 256 and not group_size else ["bit_matmul_dot"])
+    many = ["bit_matmul_order", "bit_matmul_dot_rows"]
+    few = ["bit_matmul_order", "bit_matmul_dot"] if group_size else ["bit_matmul_dot"]  # 64 rows are a block or two
+    assert names == (few if m == 64 or group_size else many if m == 256 else ["bit_matmul_unpack", *many])
+    assert len(launches) <= _FLOATS[m, group_size]
     assert not {launch.kind for launch in launches} & {"kWhile", "kConditional"}, launches
 
 
