@@ -47,6 +47,7 @@ class Config:
 _MIN_ROWS = 16
 # With more, registers spill on an A100, but with one part of activations, up to 8 bitlayers, and no sums of groups.
 _MAX_ROWS, _MAX_ROWS_OF_ONE_SUM = 32, 64
+_MAX_UNSORTED_BLOCKS = 2  # of rows, whose numbers of bitlayers are too few to be worth two more launches
 MIN_PROGRAMS = 264  # two to each of the 132 SMs of an H200
 
 
@@ -101,7 +102,7 @@ def matmul(
     """
     sweep = bitlayers.ndim == 0
     rank = None
-    if not sweep and problem.m > config.block_rows:  # rows of one count together: few blocks have more than one
+    if not sweep and problem.m > _MAX_UNSORTED_BLOCKS * config.block_rows:  # rows of one count come together
         order, rank = _triton_order.by_count(bitlayers, interpret=interpret)
         x, bitlayers = x[order], bitlayers[order]
     num_counts = problem.bits if sweep else 1
