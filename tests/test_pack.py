@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bit_matmul import activations, contract, limbs, mosaic, reference, triton
+from pallas_kernels.bit_matmul import _int8_operands, activations, contract, limbs, mosaic, reference, triton
 from tests import cases
 from tests.test_triton import H200
 
@@ -132,12 +132,43 @@ def test_products_finish_their_rows(group_size):
         assert np.isnan(finished).any()
 
 
-def test_many_rows_stay_codes():
-    case = Case(m=40, k=64, n=4, bits=4, activation_bits=16)
-    codes, unit, poison = triton.quantize_rows(case.problem, rows(case)[:, :64].at[3, 5].set(jnp.nan))
-    assert codes.shape == (40, 64)
-    assert unit.shape == (40,)
-    np.testing.assert_array_equal(np.isnan(poison), np.arange(40) == 3)
+LIMBS = {
+    "one_limb": Case(m=40, k=64, n=4, bits=4, activation_bits=6),
+    "three_limbs_one_past_a_word": Case(m=20, k=33, n=4, bits=1, activation_bits=24),
+    "groups_of_two_words": Case(m=5, k=230, n=4, bits=2, activation_bits=16, group_size=64),
+    "two_segments": Case(m=300, k=contract.MAX_EXACT_K + 40, n=4, bits=2, activation_bits=8),
+}
+
+
+@pytest.mark.parametrize("case", LIMBS.values(), ids=LIMBS)
+def test_limbs_are_those_of_xla(case):
+    """Many rows, also where a program has several blocks of words."""
+    assert isinstance(triton.config_for(case.problem), triton.Int8Config)
+    x = rows(case).at[3, 5].set(jnp.nan)
+    codes, unit, finite = activations.quantize_rows(x, case.activation_bits)
+    expected = _int8_operands.prepare(case.problem, triton._pad(case.problem, codes))
+    packed, *of_rows = jax.jit(lambda x: triton.quantize_rows(case.problem, x, interpret=True))(x)
+    jax.tree.map(np.testing.assert_array_equal, packed, expected)
+    np.testing.assert_array_equal(of_rows, (unit, jnp.where(finite, 0.0, jnp.nan)))
+
+
+@pytest.mark.parametrize("cut", [{"parts": None}, {"block_rows": 16}], ids=str)
+def test_products_of_many_rows_finish_them(cut):
+    """As `test_products_finish_their_rows`; rows of different counts, in one block and in several, and the sweep."""
+    case = dataclasses.replace(LIMBS["three_limbs_one_past_a_word"], bits=3)
+    problem, config = case.problem, dataclasses.replace(triton.config_for(case.problem), **cut)
+    words = jax.random.bits(jax.random.key(0), (case.bits, problem.num_words, case.n), jnp.uint32)
+    scale = jax.random.normal(jax.random.key(1), (case.bits, problem.groups, case.n))
+    counts = jnp.asarray(1 + np.arange(case.m) * 7 % case.bits, jnp.int32), jnp.int32(case.bits)
+    packed, unit, poison = jax.jit(lambda x: triton.quantize_rows(problem, x, interpret=True))(
+        rows(case).at[2, 7].set(jnp.inf)
+    )
+    for run, bitlayers in zip((triton.matmul, triton.prefixes), counts, strict=True):
+        product = jax.jit(functools.partial(run, problem, config=config, interpret=True))
+        y = product(packed, words, scale, bitlayers)
+        finished = product(packed._replace(steps=(unit, poison)), words, scale, bitlayers)
+        np.testing.assert_array_equal(finished, np.asarray(y) * np.asarray(unit)[:, None] + np.asarray(poison)[:, None])
+        assert np.isnan(finished).any()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels.bit_matmul import contract
+from pallas_kernels.bit_matmul import _triton_codes, contract, limbs
 
 HALF = 128  # what makes 0..255 signed
 
@@ -19,6 +19,14 @@ HALF = 128  # what makes 0..255 signed
 def segment_spans(problem: contract.Problem) -> np.ndarray:
     """int32[segments, 2], first and last words."""
     return np.array([(start, stop) for _, start, stop in problem.segments], np.int32)
+
+
+def prepare(problem: contract.Problem, codes: jax.Array | limbs.Packed) -> limbs.Packed:
+    """Codes, int32[m, 32 * num_words], as `_triton_pack` makes them of rows; or what it made."""
+    if isinstance(codes, limbs.Packed):
+        return codes
+    parts = limbs.split(codes, problem.activation_limbs)
+    return limbs.Packed(bits=_triton_codes.arrange(signed(parts)), row_sums=sum_rows(problem, parts))
 
 
 def sum_rows(problem: contract.Problem, limb_codes: jax.Array) -> jax.Array:

@@ -41,6 +41,21 @@ def arrange(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(by_word, -1, -2).reshape(x.shape)
 
 
+def position_of(place: jax.Array) -> jax.Array:
+    """Which k of its word lies at each of 32 places after `arrange`. int32."""
+    return place % _BYTES * _POSITIONS + place // _BYTES
+
+
+def rows_at(ref: Any, leading: tuple[Any, ...], rows: Any, columns: Any) -> Any:
+    """ref.at[*leading, rows, columns] of a range of columns, and a range of rows or int32 numbers of them."""
+    if not isinstance(rows, jax.Array):
+        return ref.at[*leading, rows, columns]
+    shape = rows.size, columns.size
+    column = columns.start + jnp.arange(columns.size, dtype=jnp.int32)
+    # Interpret mode takes ranges or numbers, not both.
+    return ref.at[tuple(jnp.broadcast_to(i, shape) for i in (*leading, rows[:, None], column[None, :]))]
+
+
 def load_words(
     words: Any,
     start: jax.Array,

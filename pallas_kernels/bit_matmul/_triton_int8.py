@@ -86,7 +86,7 @@ def config_for(problem: contract.Problem) -> Config:
 
 def matmul(
     problem: contract.Problem,
-    codes: jax.Array,
+    codes: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     bitlayers: jax.Array,
@@ -94,17 +94,30 @@ def matmul(
     config: Config,
     interpret: bool,
 ) -> jax.Array:
-    """The product of the contract. codes: int32[m, 32 * num_words], 0 past k."""
-    if problem.m <= config.block_rows:
-        return _sorted_matmul(problem, codes, words, scale, bitlayers, config, interpret)
-    # Rows of one count come together, so that few blocks of rows have more than one.
-    order, rank = _triton_order.by_count(bitlayers, interpret=interpret)
-    return _sorted_matmul(problem, codes[order], words, scale, bitlayers[order], config, interpret)[rank]
+    """The product of the contract. codes: int32[m, 32 * num_words], 0 past k, or what `quantize_rows` makes of rows."""
+    packed, order = _int8_operands.prepare(problem, codes), None
+    if problem.m > config.block_rows:  # rows of one count come together, so that few blocks of rows have more than one
+        order, _ = _triton_order.by_count(bitlayers, interpret=interpret)
+    out = _launch(problem, packed, order, words, scale, bitlayers, config, interpret)
+    if config.parts is None:
+        return out
+    return _triton_epilogue.finish(
+        problem,
+        out,
+        packed.row_sums,
+        scale,
+        bitlayers,
+        steps=packed.steps,
+        parts=config.parts,
+        place=lambda c, part, a, row, channels: (part, c * problem.activation_limbs + a, row, channels),
+        signed=True,
+        interpret=interpret,
+    )
 
 
 def prefixes(
     problem: contract.Problem,
-    codes: jax.Array,
+    codes: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     limit: jax.Array,
@@ -114,56 +127,30 @@ def prefixes(
 ) -> jax.Array:
     """The product at every number of bitlayers up to `limit`, int32[], in one launch: a program has one number.
 
-    codes: int32[m, 32 * num_words], 0 past k. f32[bits, m, n].
+    codes: as of `matmul`. f32[bits, m, n].
     """
     config = dataclasses.replace(config, parts=None)
-    parts = limbs.split(codes, problem.activation_limbs)
-    row_sums = _int8_operands.sum_rows(problem, parts)
-    return _launch(problem, parts, row_sums, words, scale, limit, config, interpret)
-
-
-def _sorted_matmul(
-    problem: contract.Problem,
-    codes: jax.Array,
-    words: jax.Array,
-    scale: jax.Array,
-    bitlayers: jax.Array,
-    config: Config,
-    interpret: bool,
-) -> jax.Array:
-    parts = limbs.split(codes, problem.activation_limbs)
-    row_sums = _int8_operands.sum_rows(problem, parts)
-    out = _launch(problem, parts, row_sums, words, scale, bitlayers, config, interpret)
-    if config.parts is None:
-        return out
-    return _triton_epilogue.finish(
-        problem,
-        out,
-        row_sums,
-        scale,
-        bitlayers,
-        parts=config.parts,
-        place=lambda c, part, a, row, channels: (part, c * problem.activation_limbs + a, row, channels),
-        signed=True,
-        interpret=interpret,
-    )
+    packed = _int8_operands.prepare(problem, codes)
+    return _launch(problem, packed, None, words, scale, limit, config, interpret)
 
 
 def _launch(
     problem: contract.Problem,
-    parts: jax.Array,
-    row_sums: jax.Array,
+    packed: limbs.Packed,
+    order: jax.Array | None,
     words: jax.Array,
     scale: jax.Array,
     bitlayers: jax.Array,
     config: Config,
     interpret: bool,
 ) -> jax.Array:
-    """What the kernel writes, of int32[limbs, m, 32 * num_words]; all prefixes where `bitlayers` is their limit."""
+    """What the kernel writes; all prefixes where `bitlayers` is their limit."""
     sweep = bitlayers.ndim == 0
     # What its first and last words are, of each segment, and its first segment, of each group; one more ends the last.
-    spans = _int8_operands.segment_spans(problem)
-    first_segment = np.searchsorted([group for group, _, _ in problem.segments], np.arange(problem.groups + 1))
+    spans, first_segment = _int8_operands.segment_spans(problem), None
+    if len(problem.segments) != problem.groups:
+        first_segment = np.searchsorted([group for group, _, _ in problem.segments], np.arange(problem.groups + 1))
+        first_segment = jnp.asarray(first_segment.astype(np.int32))
     if config.parts is not None:
         spans = _int8_operands.split_spans(spans, config.block_words, config.parts)
         num_sums = len(problem.code_limbs) * problem.activation_limbs
@@ -186,9 +173,11 @@ def _launch(
         interpret=interpret,
     )(
         jnp.asarray(spans),
-        jnp.asarray(first_segment.astype(np.int32)),
-        _triton_codes.arrange(_int8_operands.signed(parts)),
-        row_sums,
+        first_segment,
+        order,
+        packed.bits,
+        packed.row_sums,
+        packed.steps,
         jnp.atleast_1d(bitlayers),
         words,
         scale,
@@ -204,8 +193,10 @@ def num_sums(problem: contract.Problem, config: Config) -> int:
 def _kernel(
     spans,
     first_segment,
+    order,
     x,
     row_sums,
+    steps,
     counts,
     words,
     scale,
@@ -220,9 +211,11 @@ def _kernel(
 
     Args:
       spans: [segments or parts, 2] int32, the words of each
-      first_segment: [groups + 1] int32
+      first_segment: [groups + 1] int32; None where each group is a segment
+      order: [m] int32, the row at each place, or None
       x: [activation limbs, m, 32 * num_words] int8
       row_sums: [segments, activation limbs, m] int32
+      steps: [m] f32, unit and poison, or None
       counts: [m] int32, of a sweep [1], the limit
       words: [bits, num_words, n] uint32
       scale: [min(bits, 4), groups, n] f32
@@ -234,8 +227,15 @@ def _kernel(
     """
     # Read here: inside of a loop interpret mode does not know them.
     first_channel, first_row, part = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
-    rows, channels = pl.ds(first_row, config.block_rows), pl.ds(first_channel, config.block_n)
+    channels = pl.ds(first_channel, config.block_n)
     row_inside = _triton_codes.inside(first_row, config.block_rows, problem.m)
+
+    def rows_from(first):
+        rows = pl.ds(first, config.block_rows)
+        # Past the last, a place where nothing is.
+        return rows if order is None else _triton_codes.load(order.at[rows], row_inside, problem.m)
+
+    rows = rows_from(first_row)
     inside = _triton_codes.inside(first_channel, config.block_n, problem.n)
     load_words = functools.partial(
         _triton_codes.load_words,
@@ -320,6 +320,12 @@ def _kernel(
 
         return lax.fori_loop(0, problem.groups, add_group, zero)
 
+    def finished(total):
+        if steps is None:
+            return total
+        unit, poison = (_triton_codes.load(step.at[rows_again()], row_inside, 0)[:, None] for step in steps)
+        return total * unit + poison  # of which the latter is 0 or NaN: fused, it rounds as often
+
     def add_count(count):
         """Stores the rows of one number of bitlayers, mostly all of them; returns the next number."""
 
@@ -327,10 +333,10 @@ def _kernel(
             place, exist = channels_again()
             mask = jnp.broadcast_to((row_counts() == count)[:, None], zero.shape)
             mask = mask if exist is None else mask & exist[None, :]
-            _compat.triton_store(out.at[*index, rows_again(), place], value, mask=mask)
+            _compat.triton_store(_triton_codes.rows_at(out, index, rows_again(), place), value, mask=mask)
 
         if config.parts is None:
-            store((), product(count))
+            store((), finished(product(count)))
             return next_count(count)
         for c, (first, last) in enumerate(problem.code_limbs):
             for group in groups_of_limbs:
@@ -351,7 +357,7 @@ def _kernel(
     # registers that the loops need.
 
     def rows_again():
-        return pl.ds(first_row + spans[0, 0], config.block_rows)
+        return rows_from(first_row + spans[0, 0])
 
     def channels_again():
         if problem.groups == 1:  # then there is no loop but that over words
@@ -369,7 +375,7 @@ def _kernel(
         place, exist = channels_again()
         masks += [] if exist is None else [exist[None, :]]
         mask = _triton_codes.all_of((config.block_rows, config.block_n), masks)
-        _compat.triton_store(out.at[part, rows_again(), place], product(part + 1), mask=mask)
+        _compat.triton_store(out.at[part, rows_again(), place], finished(product(part + 1)), mask=mask)
 
 
 def load_activations(x, problem, config, rows, row_inside, a, start, stop) -> jax.Array:
@@ -378,7 +384,7 @@ def load_activations(x, problem, config, rows, row_inside, a, start, stop) -> ja
     masks = [] if row_inside is None else [row_inside[:, None]]
     if not is_even(problem, config):
         masks.append((jnp.arange(k, dtype=jnp.int32) < (stop - start) * contract.WORD_BITS)[None, :])
-    ref = x.at[jnp.int32(a), rows, pl.ds(start * contract.WORD_BITS, k)]
+    ref = _triton_codes.rows_at(x, (jnp.int32(a),), rows, pl.ds(start * contract.WORD_BITS, k))
     return _triton_codes.load(
         ref, _triton_codes.all_of((config.block_rows, k), masks), 0 if a == 0 else -_int8_operands.HALF
     )

@@ -28,7 +28,7 @@ def num_sums(problem: contract.Problem, config: Config) -> int:
 
 def prefixes(
     problem: contract.Problem,
-    codes: jax.Array,
+    codes: jax.Array | limbs.Packed,
     words: jax.Array,
     scale: jax.Array,
     limit: jax.Array,
@@ -40,7 +40,7 @@ def prefixes(
 
     Args:
       problem: the product.
-      codes: int32[m, 32 * num_words], 0 past k.
+      codes: int32[m, 32 * num_words], 0 past k, or what `quantize_rows` makes of rows.
       words: uint32[bits, num_words, n].
       scale: f32[min(bits, 4), groups, n].
       limit: int32[], bitlayers from here on are not read, and counts past it hold anything.
@@ -50,8 +50,7 @@ def prefixes(
     Returns:
       f32[bits, m, n].
     """
-    limb_codes = limbs.split(codes, problem.activation_limbs)
-    row_sums = _int8_operands.sum_rows(problem, limb_codes)
+    packed = _int8_operands.prepare(problem, codes)
     parts = _parts(problem, config)
     spans = _int8_operands.split_spans(_int8_operands.segment_spans(problem), config.block_words, parts)
     sums = _compat.triton_call(
@@ -68,14 +67,18 @@ def prefixes(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(jnp.asarray(spans), _triton_codes.arrange(_int8_operands.signed(limb_codes)), limit[None], words)
+    )(jnp.asarray(spans), packed.bits, limit[None], words)
     sums = sums.reshape(problem.bits, len(problem.segments), parts, *sums.shape[2:]).sum(axis=2)
-    centred = 2 * sums + row_sums[None, ..., None]  # of q . (2 * bit - 1)
+    centred = 2 * sums + packed.row_sums[None, ..., None]  # of q . (2 * bit - 1)
     running = []
     for i in range(problem.bits):
         begins = i % contract.LIMB_BITS == 0
         running.append(centred[i] if begins else 2 * running[-1] + centred[i])
-    return epilogue.scale_prefixes(problem, jnp.stack(running, axis=1), scale)
+    y = epilogue.scale_prefixes(problem, jnp.stack(running, axis=1), scale)
+    if packed.steps is None:
+        return y
+    unit, poison = packed.steps
+    return y * unit[None, :, None] + poison[None, :, None]
 
 
 def _parts(problem: contract.Problem, config: Config) -> int:

@@ -14,7 +14,7 @@ class Packed(NamedTuple):
     """Codes of a product's rows as its kernel takes them, in place of int32[m, k].
 
     Attributes:
-      bits: uint32, packed in the order of that kernel.
+      bits: uint32, packed in the order of that kernel, or int8 limbs.
       row_sums: int32[segments, activation limbs, m], the sums of each limb of the codes.
       steps: unit and poison of each row, f32[m] each, for a product that is finished: multiplied by the one, the other
         added. None for that of the contract.

@@ -26,9 +26,9 @@ from pallas_kernels.bit_matmul import (
     _triton_dot_sweep,
     _triton_int8,
     _triton_int8_sweep,
+    _triton_pack,
     _triton_serial,
     _triton_unpack,
-    activations,
     contract,
     limbs,
     tuned,
@@ -143,8 +143,8 @@ def quantize_rows(
     sweep: bool = False,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array | limbs.Packed, jax.Array, jax.Array]:
-    """`activations.quantize_rows`, in one kernel where rows are few. x: float[m, k]; the rest as of the product.
+) -> tuple[limbs.Packed, jax.Array, jax.Array]:
+    """`activations.quantize_rows`, in one kernel. x: float[m, k]; the rest as of the product.
 
     Returns:
       codes: for `matmul` and `prefixes`.
@@ -154,8 +154,7 @@ def quantize_rows(
     config = _check(problem, config, x, sweep=sweep)
     if isinstance(config, SerialConfig):
         return _triton_serial.quantize_rows(problem, x, config=config, interpret=interpret)
-    codes, unit, finite = activations.quantize_rows(x, problem.fixed_point_bits)
-    return codes, unit, activations.poison(finite)
+    return _triton_pack.quantize_rows(problem, x, None, interpret=interpret)
 
 
 def matmul(

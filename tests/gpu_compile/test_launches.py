@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 CALL = ("kCustomCall", "kCustomCall")  # Mosaic GPU: XLA does not know the name of the kernel
+_OF_A_SWEEP = 6  # of XLA's, with 256 rows
 _FLOATS = {(64, None): 5, (64, 128): 5, (256, None): 6, (256, 128): 7, (1024, None): 11}  # rows and group size
-_INT8 = 9  # rows, largest magnitude, rounding, limbs, their sums, their order, two of constants, the product, floats
 
 
 def in_own_process(fn, *args):
@@ -55,12 +55,17 @@ def test_few_rows_are_three_launches(backend, m, width, k, group_size, sweep):
 
 @pytest.mark.parametrize("sweep", [False, True], ids=["product", "sweep"])
 @pytest.mark.parametrize("group_size", [None, 128])
-def test_many_rows(group_size, sweep):
-    problem = contract.Problem(m=64, k=4096, n=4096, bits=8, group_size=group_size, activation_bits=16)
+@pytest.mark.parametrize(("m", "width"), [(8, 8), (64, 8), (64, 16), (65, 8), (256, 16)])
+def test_many_rows(m, width, group_size, sweep):
+    """Limbs, the order of rows where they are several blocks, the product and its end; of a sweep, XLA's end."""
+    problem = contract.Problem(m=m, k=4096, n=4096, bits=8, group_size=group_size, activation_bits=width)
     launches = in_own_process(launches_of, "triton", problem, sweep)
-    assert sum("bit_matmul_int8" in launch.name for launch in launches) == 1
+    names = [launch.name for launch in launches]
+    ours = ["bit_matmul_int8_sweep" if sweep and group_size is None else "bit_matmul_int8", "bit_matmul_pack"]
+    ours += ["bit_matmul_order"] * (m > 64 and not sweep) + ["bit_matmul_epilogue"] * (not sweep and group_size is None)
+    assert sorted(name for name in names if name.startswith("bit_matmul")) == sorted(ours)
     assert not {launch.kind for launch in launches} & {"kWhile", "kConditional"}, launches
-    assert len(launches) <= _INT8 + sweep, launches
+    assert len(launches) <= len(ours) + _OF_A_SWEEP * sweep, launches
 
 
 @pytest.mark.parametrize(("m", "group_size"), [(64, None), (64, 128), (256, None), (256, 128), (1024, None)])
@@ -122,9 +127,11 @@ def launches_of_networks(backend: str, group_size: int | None) -> list[tuple[mac
 
 
 @pytest.mark.parametrize("gpu", ["h200", "a100"])
-@pytest.mark.parametrize(("k", "width"), [(4096, 8), (4096, 16), (14336, 16), (28672, 24)])
-def test_packing_in_machine_code(k, width, gpu):
-    problem = contract.Problem(m=1, k=k, n=4096, bits=8, group_size=None, activation_bits=width)
+@pytest.mark.parametrize(
+    ("m", "k", "width"), [(1, 4096, 8), (1, 4096, 16), (1, 14336, 16), (1, 28672, 24), (64, 8192, 8), (64, 8192, 24)]
+)
+def test_packing_in_machine_code(m, k, width, gpu):
+    problem = contract.Problem(m=m, k=k, n=4096, bits=8, group_size=None, activation_bits=width)
     name = "triton"
     run = functools.partial(_backends.BACKENDS[name].quantize_rows, problem)
     (found,) = [
