@@ -472,12 +472,12 @@ class TestCommand:
     OPTIONS = ("--size", "70x5", "--bits", "2", "--activation-bits", "8", "--of", "product")
 
     def test_writes_and_says_where(self, capsys, folder):
-        options = [*self.OPTIONS, "--m", "3", "--backend", "mosaic", "triton"]
         kernel = dict(run=here, candidates=three_candidates(), interpret=True)
-        assert tune.main(options, kind=KIND, **kernel) == 0
+        for m, backend in (("33", "mosaic"), ("3", "triton")):
+            assert tune.main([*self.OPTIONS, "--m", m, "--backend", backend], kind=KIND, **kernel) == 0
         out = capsys.readouterr().out.splitlines()
-        assert "mosaic m=3 70x5 bits=2 activation_bits=8: left out, `n` must be a multiple of 4" in out[0]
-        assert re.match(r"triton m=3 70x5 bits=2 activation_bits=8: \d+\.\d us, by default 1000\.0 us: Config", out[1])
+        assert "mosaic m=33 70x5 bits=2 activation_bits=8: left out, rows times 8-bit limbs" in out[0]
+        assert re.match(r"triton m=3 70x5 bits=2 activation_bits=8: \d+\.\d us, by default 1000\.0 us: Config", out[2])
         assert out[-1] == str(folder / "nvidia_test_100_80gb.json")
         assert len(json.loads((folder / "nvidia_test_100_80gb.json").read_text())["entries"]) == 1
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, limbs, tuned
-from pallas_kernels.bit_matmul._mosaic_kernel import LANES, LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
+from pallas_kernels.bit_matmul._mosaic_kernel import LANES, STEP_WORDS, WARPS, Config, Plan
 
 # Cost grows with rows * limbs and bitlayers: beyond this `triton` unpacks the weights for the int8 tensor core instead,
 # whose cost hardly does. An estimate, from 0.54 BMMA per clock and multiprocessor and the instructions of that kernel.
@@ -36,10 +36,6 @@ def unsupported(problem: contract.Problem) -> str | None:
     """Why the kernel cannot run the problem, or None. Whether there is such a GPU is not asked here."""
     if problem.activation_bits is None:
         return "`activation_bits` must be an integer, but got None: the 1-bit tensor core takes fixed-point activations"
-    if problem.n % LOAD_CHANNELS:
-        return (
-            f"`n` must be a multiple of {LOAD_CHANNELS}, so that words are read 16 bytes at a time, but got {problem.n}"
-        )
     words = problem.segments[0][2] if problem.segments else 0
     if any(start != i * words for i, (_, start, _) in enumerate(problem.segments)):
         return (

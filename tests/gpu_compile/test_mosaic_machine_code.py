@@ -36,6 +36,10 @@ PROBLEMS = {
     "small": problem(k=256, n=256),
     "uneven": problem(k=4001, n=4100),
     "groups": problem(group_size=128),
+    "n_10": problem(n=10),
+    "n_1001": problem(n=1001),
+    "n_4097": problem(n=4097),
+    "n_4097_eight_rows_of_8_bits": problem(m=8, n=4097, activation_bits=8),
     "long_k": problem(k=65536),
 }
 
@@ -58,11 +62,16 @@ _INSTRUCTIONS_PER_WORD_OF_A_SWEEP = {
     "small": 10.9,
     "uneven": 7.3,
     "groups": 10.9,
+    "n_10": 10.4,
+    "n_1001": 11.2,
+    "n_4097": 6.6,
+    "n_4097_eight_rows_of_8_bits": 22.3,
     "long_k": 7.6,
 }
 # 65536 registers for 16 warps of 32 lanes; with more than 4 limbs of activations, for 12 warps.
 _REGISTERS = 128
 _REGISTERS_MANY_LIMBS = 168
+_REGISTERS_NARROW_LOADS = 192  # for 8 warps: more loads, each with an address of its own
 
 
 @functools.cache
@@ -89,18 +98,21 @@ def test_hopper(name, sweep):
     p, found = PROBLEMS[name], kernel(PROBLEMS[name], "h200", sweep)
     config = mosaic.config_for(p)
     row_limbs = config.rows * p.activation_limbs
+    # n of a multiple of 4 is read 16 bytes at a time, others as far as their alignment goes.
+    width, opcode = {0: (4, "LDG.E.128"), 2: (2, "LDG.E.64")}.get(p.n % 4, (1, "LDG.E"))
     assert found.spill_bytes == 0
     assert not found.uses_local_memory
-    assert found.registers <= (_REGISTERS if row_limbs <= 4 else _REGISTERS_MANY_LIMBS)
+    most = _REGISTERS if row_limbs <= 4 else _REGISTERS_MANY_LIMBS
+    assert found.registers <= (most if width == 4 else _REGISTERS_NARROW_LOADS)
     # Native: an emulated product would be many integer instructions, or IMMA.
     (loop,) = [loop for loop in found.loops if machine_code.count(loop, "BMMA.168256.AND.POPC")]
     assert machine_code.count(loop, "BMMA") == 2 * config.steps * row_limbs * config.depth
     assert found.count("IMMA") == 0
-    # Words, all that the loop loads, come 16 bytes at a time, and those of `depth` bitlayers before the first is used.
+    # Words are all that the loop loads, those of `depth` bitlayers before the first of them is used.
     loads = [i for i, opcode in enumerate(loop) if opcode.startswith("LDG")]
-    assert len(loads) == 2 * config.steps * config.depth
-    assert all(loop[i].startswith("LDG.E.128") for i in loads)
-    per_word = len(loop) / (_mosaic_kernel.LOAD_CHANNELS * len(loads))
+    assert len(loads) * width == 2 * config.steps * config.depth * _mosaic_kernel.LANE_CHANNELS
+    assert {loop[i].removesuffix(".CONSTANT") for i in loads} == {opcode}
+    per_word = len(loop) / (width * len(loads))
     if sweep:
         assert per_word <= _INSTRUCTIONS_PER_WORD_OF_A_SWEEP[name]
     else:
