@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bit_matmul import _mosaic_kernel, contract, mosaic, reference
+from pallas_kernels.bit_matmul import _mosaic_kernel, contract, mosaic, reference, xla
 from tests import warp_emulator
 
 
@@ -111,6 +111,17 @@ def test_matmul_equals_reference(name, kind):
     # Nothing beyond the largest count of a launch is read.
     assert used_words.max_first_index == int(bitlayers.max()) - 1
     assert plan.config == mosaic.config_for(p)
+
+
+@pytest.mark.parametrize("name", [*CASES, "more_rows_than_a_product_has"])
+@pytest.mark.usefixtures("emulated")
+def test_limb_sums_equal_those_of_xla(name):
+    """What devices that share k add up; `xla` is compared with the reference in tests of meshes, and of products."""
+    p = CASES.get(name, problem(40, 64, 6, 3, group_size=32))
+    x, words, _ = operands(p)
+    bitlayers = counts(p, "mixed")
+    sums = jax.jit(functools.partial(mosaic.limb_sums, p))(x, words, bitlayers)
+    np.testing.assert_array_equal(sums, xla.limb_sums(p, x, words, bitlayers), strict=True)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -115,6 +115,28 @@ def prefixes(
     return _launch(problem, parts, row_sums, words, scale, limit, config, interpret)
 
 
+def limb_sums(
+    problem: contract.Problem,
+    codes: jax.Array,
+    words: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """The integers of the contract. codes: int32[m, 32 * num_words], 0 past k."""
+    config, rank = dataclasses.replace(config, parts=config.parts or 1), None
+    if problem.m > config.block_rows:
+        order, rank = _order(bitlayers)
+        codes, bitlayers = codes[order], bitlayers[order]
+    parts = limbs.split(codes, problem.activation_limbs)
+    row_sums = _int8_operands.sum_rows(problem, parts)
+    out = _launch(problem, parts, row_sums, words, None, bitlayers, config, interpret)
+    sums = out.reshape(len(problem.segments), config.parts, len(problem.code_limbs), -1, *out.shape[2:]).sum(axis=1)
+    sums = epilogue.centre(problem, jnp.swapaxes(sums, 1, 2), row_sums, bitlayers, signed=True)
+    return sums if rank is None else sums[..., rank, :]
+
+
 def _order(bitlayers: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows by their number of bitlayers, and the place of each row among them. int32[m] each."""
     row = jnp.arange(bitlayers.shape[0], dtype=jnp.int32)
@@ -161,7 +183,7 @@ def _launch(
     parts: jax.Array,
     row_sums: jax.Array,
     words: jax.Array,
-    scale: jax.Array,
+    scale: jax.Array | None,
     bitlayers: jax.Array,
     config: Config,
     interpret: bool,
@@ -232,7 +254,7 @@ def _kernel(
       row_sums: [segments, activation limbs, m] int32
       counts: [m] int32, of a sweep [1], the limit
       words: [bits, num_words, n] uint32
-      scale: [min(bits, 4), groups, n] f32
+      scale: [min(bits, 4), groups, n] f32; not looked at with parts, and may be None then
       out: [m, n] f32, of a sweep [bits, m, n], or with parts [parts, code limbs * activation limbs, m, n] int32
       problem: the product.
       config: how it is cut.
