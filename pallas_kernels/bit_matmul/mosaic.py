@@ -19,6 +19,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, epilogue, limbs, tuned
 from pallas_kernels.bit_matmul._mosaic_kernel import LANES, STEP_WORDS, WARPS, Config, Plan
@@ -78,9 +79,9 @@ def config_for(problem: contract.Problem) -> Config:
     return config if enough and config.split_words <= segment else with_steps(1)
 
 
-def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config]:
-    """Configurations worth timing, of products and sweeps alike; the first is that of `config_for`."""
-    del sweep
+def candidates(problem: contract.Problem, dtype: DTypeLike = jnp.float32, *, sweep: bool = False) -> list[Config]:
+    """Configurations worth timing, of rows of any dtype, products and sweeps; the first is that of `config_for`."""
+    del dtype, sweep
     default = config_for(problem)
     found = [
         dataclasses.replace(default, steps=steps, depth=depth, warps_k=warps_k)

@@ -88,14 +88,14 @@ def config_for(problem: contract.Problem, dtype: DTypeLike = jnp.float32) -> Con
     return (_triton_serial if few else _triton_int8).config_for(problem)
 
 
-def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config]:
+def candidates(problem: contract.Problem, dtype: DTypeLike = jnp.float32, *, sweep: bool = False) -> list[Config]:
     """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`.
 
     Of a sweep but for those that it does not tell apart: it does not unpack, and cuts int8 products by itself.
     """
-    found: list[Config] = [config_for(problem)]
+    found: list[Config] = [config_for(problem, dtype)]
     if problem.activation_bits is None:
-        dot = _triton_dot.config_for(problem, jnp.dtype(jnp.float32))
+        dot = _triton_dot.config_for(problem, jnp.dtype(dtype))
         rows = [dot.block_rows, 64][: 1 + (problem.m > dot.block_rows)]
         found += _variants(dot, block_rows=rows, num_warps=(4, 8), block_n=(128, 256))
         if problem.groups == 1:
