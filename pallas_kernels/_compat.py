@@ -50,15 +50,42 @@ def lowering_target(ctx: Any) -> tuple[tuple[str, ...], bool]:
     return tuple(ctx.platforms or module.platforms), module.lowering_parameters.for_export
 
 
+def of_one_device(ctx: Any) -> Any:
+    """The context of a lowering rule whose operands are the same on all devices of `jax.shard_map`, as far as is known.
+
+    What is traced to be lowered computes on one device, and its types need not say over which axes its values vary.
+    """
+    avals = [
+        aval.update(manual_axis_type=type(aval.manual_axis_type)()) if hasattr(aval, "manual_axis_type") else aval
+        for aval in ctx.avals_in
+    ]
+    return ctx.replace(avals_in=avals)
+
+
 def triton_call(
-    kernel: Callable[..., None], *, name: str, num_warps: int, num_stages: int, interpret: bool, **arguments
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+    **arguments,
 ) -> Callable:
     """`pl.pallas_call` through Triton, or on the CPU with `interpret`.
 
     The parameters name the compiler: without them a GPU kernel lowers through whatever a version of JAX prefers.
     """
     params = pallas_triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **arguments)
+
+    def call(*operands):
+        like = jax.typeof(next(leaf for leaf in jax.tree.leaves(operands) if isinstance(leaf, jax.Array)))
+        # Inside `jax.shard_map` it has to be said over which axes the result varies.
+        out = jax.tree.map(lambda shape: shape.update(manual_axis_type=like.manual_axis_type), out_shape)
+        run = pl.pallas_call(kernel, name=name, out_shape=out, compiler_params=params, interpret=interpret, **arguments)
+        return run(*operands)
+
+    return call
 
 
 triton_load = pallas_triton.load

@@ -102,7 +102,7 @@ def tune(
     module, end = BACKENDS[backend], clock() + seconds
     if reason := module.unsupported(problem):
         raise contract.Unsupported(f"backend {backend!r} cannot run {problem}: {reason}")
-    configs = list(module.candidates(problem, sweep=sweep) if candidates is None else candidates)
+    configs = list(module.candidates(problem, dtype, sweep=sweep) if candidates is None else candidates)
     configs = [config for config in configs if config not in without]
     configs = configs if reference is None else [reference, *configs]
     operands = x, words, scale, counts = _operands(problem, dtype, sweep)

@@ -34,6 +34,7 @@ class Backend:
       matmul: the product at given numbers of bitlayers.
       prefixes: the product at every number of bitlayers.
       limb_sums: the integers of a fixed-point product, for devices that share k; with None those of `xla` are taken.
+      scale_groups: what these devices make of the sums of all groups; None is `epilogue.scale_groups`.
       quantize_rows: fixed-point activations in the form that `matmul` and `prefixes` prefer to codes, or None.
       missing: what it lacks here to run on one of its platforms, or None; asked while tracing, never at import.
       platforms: those it is made for, as JAX names what it lowers for ("cpu", "cuda", ..); None for all.
@@ -49,6 +50,7 @@ class Backend:
     matmul: Callable[..., jax.Array]
     prefixes: Callable[..., jax.Array]
     limb_sums: Callable[..., jax.Array] | None = None
+    scale_groups: Callable[..., jax.Array] | None = None
     quantize_rows: Callable[..., Any] | None = None
     missing: Callable[[str], str | None] = lambda platform: None
     platforms: tuple[str, ...] | None = None
@@ -75,6 +77,7 @@ def _backend(name: str, module: ModuleType, **options: Any) -> Backend:
         matmul=module.matmul,
         prefixes=module.prefixes,
         limb_sums=getattr(module, "limb_sums", None),
+        scale_groups=getattr(module, "scale_groups", None),
         quantize_rows=getattr(module, "quantize_rows", None),
         **options,
     )

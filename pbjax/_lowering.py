@@ -66,7 +66,7 @@ def _lower(ctx: Any, *operands: Any, choice: Choice, implementation: Implementat
             branches = {p: implementation(backend) for p, backend in chosen.items() if backend is not default}
             return lax.platform_dependent(*operands, default=implementation(default), **branches)
 
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+    return mlir.lower_fun(run, multiple_results=False)(_compat.of_one_device(ctx), *operands)
 
 
 mlir.register_lowering(bit_matmul_p, _lower)

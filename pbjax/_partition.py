@@ -88,6 +88,20 @@ def _limb_sums(
     return run_chosen(choice, implementation, (x, words, counts), jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
+def _scale_groups(
+    choice: _backends.Choice, problem: contract.Problem, sums: jax.Array, scale: jax.Array, counts: jax.Array
+) -> jax.Array:
+    """The product of the sums of all groups, f32[groups, m, n]. f32[m, n]."""
+    in_xla = functools.partial(epilogue.scale_groups, activation_bits=problem.fixed_point_bits)
+    if len(sums) == 1:
+        return in_xla(sums, scale, counts)
+
+    def implementation(backend):
+        return functools.partial(backend.scale_groups, problem) if backend.scale_groups else in_xla
+
+    return run_chosen(choice, implementation, (sums, scale, counts), jax.ShapeDtypeStruct(sums.shape[1:], jnp.float32))
+
+
 def _local(problem: contract.Problem, x: jax.Array, words: jax.Array) -> contract.Problem:
     """The part of a problem that these operands are."""
     return dataclasses.replace(problem, m=x.shape[0], k=x.shape[1], n=words.shape[-1])
@@ -228,7 +242,7 @@ class _Shards:
                 sums, scale = lax.psum(
                     (_place(sums, 0, first, problem.groups), _place(scale, 1, first, problem.groups)), self.axes
                 )
-            y = epilogue.scale_groups(sums, scale, counts, problem.activation_bits)
+            y = _scale_groups(self.choice, problem, sums, scale, counts)
         return y.reshape(problem.bits, -1, y.shape[1]) if self.prefixes else y
 
 

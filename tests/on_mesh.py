@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 import re
@@ -22,6 +23,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pbjax
+from pallas_kernels.bit_matmul import triton
+from pbjax import _backends
 from tests import test_stateful
 
 BITS, K, N = 6, 512, 64
@@ -156,6 +159,45 @@ def long_k():
         y, found = collectives(pbjax.matmul, put(mesh, x, P()), cut(mesh, w, k_axes, None))
         np.testing.assert_array_equal(y, one, err_msg=str((k, k_axes)))
         assert found == {"all-reduce": 1}
+
+
+def interpreted(name, module, ran):
+    """A backend for GPUs that runs on the CPU, its kernels as JAX operations; adds to `ran` which functions did."""
+
+    def function(fn):
+        def run(*args, **options):
+            ran.add(fn)
+            return getattr(module, fn)(*args, interpret=True, **options)
+
+        return run
+
+    functions = {fn: function(fn) for fn in ("matmul", "prefixes", "quantize_rows", "limb_sums", "scale_groups")}
+    return dataclasses.replace(_backends.BACKENDS[name], platforms=None, missing=lambda platform: None, **functions)
+
+
+def kernels():
+    """Devices that share k run the kernels of the backend that was named, for the bits of one device."""
+    ran = set()
+    _backends.BACKENDS["triton"] = interpreted("triton", triton, ran)
+    mesh, every = make_mesh(), jnp.arange(1, BITS + 1)
+    matmul = functools.partial(pbjax.matmul, backend="triton")
+    for group_size, m, activation_bits in ((None, 40, 8), (64, 3, 8)):
+        w, x, counts = weight(group_size, activation_bits), normal(m, K, seed=1), np.arange(m) % BITS + 1
+        scale = P(None, "b" if group_size else None)
+        specs = P(None, "b"), w.replace(words=P(None, "b"), scale=scale, bitlayers=P()), P()
+        parts = lambda x, w, b: matmul(x, w, bitlayers=b, axis_name="b")  # noqa: E731
+        products = {
+            "product": lambda x, w, b: matmul(x, w, bitlayers=b),
+            "sweep": lambda x, w, _: jax.vmap(lambda b: matmul(x, w, bitlayers=b))(every),
+            "parts": jax.shard_map(parts, mesh=mesh, in_specs=specs, out_specs=P()),
+        }
+        for name, product in products.items() if group_size else [("product", products["product"])]:
+            one = jax.jit(products["sweep" if name == "sweep" else "product"])(x, w, counts)
+            ran.clear()
+            y, found = collectives(product, put(mesh, x, P()), cut(mesh, w, "b", None), put(mesh, counts, P()))
+            np.testing.assert_array_equal(y, one, err_msg=str((name, group_size, m)))
+            assert ran == ({"limb_sums", "scale_groups"} if group_size else {"limb_sums"}), (name, ran)
+            assert found == {"all-reduce": 1 + (name == "parts")}, (name, found)
 
 
 def shard_map():

@@ -193,10 +193,10 @@ def test_gpu_backends_wait_to_be_named(monkeypatch):
     """What has not run on a GPU is not chosen for anybody, even where there is one."""
     mosaic = dataclasses.replace(_backends.BACKENDS["mosaic"], missing=lambda platform: None)
     monkeypatch.setitem(_backends.BACKENDS, "mosaic", mosaic)
-    selection = pbjax.select_backend(dataclasses.replace(PROBLEM, n=4), platform="cuda")
+    selection = pbjax.select_backend(PROBLEM, platform="cuda")
     assert selection.name == "xla"
     assert "not run on one: name it" in dict(selection.rejected)["mosaic"]
-    assert pbjax.select_backend(dataclasses.replace(PROBLEM, n=4), "mosaic", platform="cuda").name == "mosaic"
+    assert pbjax.select_backend(PROBLEM, "mosaic", platform="cuda").name == "mosaic"
 
 
 @pytest.mark.parametrize(

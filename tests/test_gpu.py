@@ -62,6 +62,7 @@ LARGE = [
     *(large(m, 24, bits=16) for m in (1, 64)),
     *(large(m, 16, k=4001, n=4100) for m in (3, 70)),
     *(large(m, 8, k=65536, n=256) for m in (1, 64)),
+    *(large(m, 8, n=n) for m in (1, 8) for n in (1001, 1002)),
 ]
 
 

@@ -17,6 +17,7 @@ CASES = [
     "explicit",
     "transforms",
     "long_k",
+    "kernels",
     "shard_map",
     "shard_map_gradients",
     "quantize",

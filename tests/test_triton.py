@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bit_matmul import _triton_order, contract, reference, triton
+from pallas_kernels.bit_matmul import _triton_int8, _triton_order, contract, epilogue, reference, triton, xla
 from tests import cases, oracle
 
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
@@ -115,6 +115,45 @@ def test_fixed_point_has_the_bits_of_the_reference(case):
     args = operands(case)
     product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config, interpret=True))
     np.testing.assert_array_equal(product(*args), reference.matmul(case.problem, *args))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [FIXED_POINT[name] for name in ("two_code_limbs", "sign_alone_in_its_limb", "short_last_group", "many_parts")]
+    + [MANY_ROWS[name] for name in ("finished_by_its_program", "two_limbs_of_both", "groups_in_parts", "two_segments")],
+    ids=str,
+)
+def test_limb_sums_are_those_of_xla(case):
+    """What devices that share k add up; `xla` is compared with the reference in tests of meshes, and of products."""
+    x, words, _, bitlayers = operands(case)
+    sums = jax.jit(lambda *a: triton.limb_sums(case.problem, *a, config=case.config, interpret=True))
+    args = x, words, bitlayers
+    np.testing.assert_array_equal(sums(*args), xla.limb_sums(case.problem, *args), strict=True)
+
+
+def test_limb_sums_that_are_too_many_come_in_blocks_of_rows(monkeypatch):
+    case = MANY_ROWS["two_limbs_of_both"]
+    x, words, _, bitlayers = operands(case)
+    sizes = []
+    run = _triton_int8.limb_sums
+    monkeypatch.setattr(_triton_int8, "limb_sums", lambda p, *a, **options: sizes.append(p.m) or run(p, *a, **options))
+    monkeypatch.setattr(triton, "_MAX_SUMS", 4 * 7 * case.n * case.config.parts)
+    args = x, words, bitlayers
+    sums = jax.jit(lambda *a: triton.limb_sums(case.problem, *a, config=case.config, interpret=True))(*args)
+    assert sizes == [7, 7, 3]
+    np.testing.assert_array_equal(sums, xla.limb_sums(case.problem, *args))
+
+
+@pytest.mark.parametrize("groups", [2, 16, 17, 33])
+def test_groups_are_scaled_as_by_xla(groups):
+    """Sums of any magnitude; n that fills no block; the same bits."""
+    problem = contract.Problem(m=5, k=32 * groups, n=70, bits=6, group_size=32, activation_bits=16)
+    rng = np.random.default_rng(groups)
+    sums = rng.normal(size=(groups, 5, 70)) * 2.0 ** rng.integers(-30, 30, (groups, 1, 1))
+    scale = rng.normal(size=(4, groups, 70))
+    args = *(jnp.asarray(a, jnp.float32) for a in (sums, scale)), jnp.arange(1, 6, dtype=jnp.int32)
+    y = jax.jit(lambda *a: triton.scale_groups(problem, *a, interpret=True))(*args)
+    np.testing.assert_array_equal(y, epilogue.scale_groups(*args, 16), strict=True)
 
 
 @pytest.mark.parametrize(

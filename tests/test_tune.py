@@ -254,7 +254,7 @@ class _Constant:
     def unsupported(self, problem):
         return None
 
-    def candidates(self, problem, *, sweep):
+    def candidates(self, problem, dtype, *, sweep):
         return ["first", "second"]
 
     def quantize_rows(self, problem, x, *, sweep, config):
@@ -288,7 +288,7 @@ class _Faulty(_Constant):
     def __init__(self, *names, clock=None):
         self.names, self.clock = names, clock
 
-    def candidates(self, problem, *, sweep):
+    def candidates(self, problem, dtype, *, sweep):
         return self.names
 
     def matmul(self, problem, *operands, config):
@@ -462,6 +462,11 @@ def test_candidates_fit_their_problems():
     few = pbjax.Problem(m=2, k=4096, n=4096, bits=8, group_size=128, activation_bits=8)
     int8 = pbjax.Problem(m=64, k=4096, n=4096, bits=8, group_size=None, activation_bits=8)
     assert {type(config) for config in triton.candidates(few)} == {triton.SerialConfig, triton.Int8Config}
+    for dtype in ("bfloat16", "float32"):  # whose parts take registers of their own
+        for floats in (many, dataclasses.replace(many, m=64)):
+            assert triton.candidates(floats, dtype)[0] == triton.config_for(floats, dtype)
+    default, other = (triton.candidates(dataclasses.replace(many, m=64), d)[0] for d in ("bfloat16", "float32"))
+    assert default != other
     # A sweep cuts int8 products by itself, and floats in one way.
     assert {type(config) for config in triton.candidates(many, sweep=True)} == {triton.DotConfig}
     ways = [dataclasses.replace(c, parts=None) for c in triton.candidates(int8, sweep=True)]
@@ -469,16 +474,24 @@ def test_candidates_fit_their_problems():
     assert triton.candidates(int8, sweep=True)[0] == triton.config_for(int8)
 
 
+def test_candidates_are_those_of_the_dtype(monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton, "candidates", lambda p, dtype, *, sweep: asked.append((dtype, sweep)) or [])
+    floats = dataclasses.replace(PROBLEM, activation_bits=None)
+    assert list(tune.tune("triton", floats, dtype="bfloat16", sweep=True)) == []
+    assert asked == [("bfloat16", True)]
+
+
 class TestCommand:
     OPTIONS = ("--size", "70x5", "--bits", "2", "--activation-bits", "8", "--of", "product")
 
     def test_writes_and_says_where(self, capsys, folder):
-        options = [*self.OPTIONS, "--m", "3", "--backend", "mosaic", "triton"]
         kernel = dict(run=here, candidates=three_candidates(), interpret=True)
-        assert tune.main(options, kind=KIND, **kernel) == 0
+        for m, backend in (("33", "mosaic"), ("3", "triton")):
+            assert tune.main([*self.OPTIONS, "--m", m, "--backend", backend], kind=KIND, **kernel) == 0
         out = capsys.readouterr().out.splitlines()
-        assert "mosaic m=3 70x5 bits=2 activation_bits=8: left out, `n` must be a multiple of 4" in out[0]
-        assert re.match(r"triton m=3 70x5 bits=2 activation_bits=8: \d+\.\d us, by default 1000\.0 us: Config", out[1])
+        assert "mosaic m=33 70x5 bits=2 activation_bits=8: left out, rows times 8-bit limbs" in out[0]
+        assert re.match(r"triton m=3 70x5 bits=2 activation_bits=8: \d+\.\d us, by default 1000\.0 us: Config", out[2])
         assert out[-1] == str(folder / "nvidia_test_100_80gb.json")
         assert len(json.loads((folder / "nvidia_test_100_80gb.json").read_text())["entries"]) == 1
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pbjax
 
 READY = "the device answers"  # printed before the first product
-K, N = 1000, 132  # which fill no block of any kernel; n is a multiple of 4, as `mosaic` asks for
+K, N = 1000, 132  # which fill no block of any kernel; words are read 16 bytes at a time
 SEVERAL = 3  # rows, few and none of them a block
 MANY, VERY_MANY = 70, 1030  # rows, for the tensor core, and for a dot of XLA's
 BACKENDS = ("mosaic", "triton")
@@ -36,6 +36,7 @@ class Product:
       dtype: of activations.
       by_row: a number of bitlayers for each row, 1 among them and all.
       sweep: the product at every number of bitlayers.
+      n: output channels.
     """
 
     m: int
@@ -45,6 +46,7 @@ class Product:
     dtype: str = "float32"
     by_row: bool = False
     sweep: bool = False
+    n: int = N
 
 
 PRODUCTS = (
@@ -70,6 +72,8 @@ PRODUCTS = (
     *(Product(m=m, activation_bits=None, bits=16) for m in (1, MANY, VERY_MANY)),
     Product(m=MANY, activation_bits=None, bits=16, group_size=64),
     *(Product(m=m, activation_bits=24, bits=16, sweep=True) for m in (1, MANY)),
+    # Words that are aligned to 8 bytes, and to 4.
+    *(Product(m=1, activation_bits=16, n=N + i) for i in (-2, -1)),
 )
 
 
@@ -81,7 +85,7 @@ def run_all(products: Sequence[Product] = PRODUCTS, backends: Sequence[str] = BA
             problem = pbjax.Problem(
                 m=product.m,
                 k=K,
-                n=N,
+                n=product.n,
                 bits=product.bits,
                 group_size=product.group_size,
                 activation_bits=product.activation_bits,
@@ -107,7 +111,8 @@ def _prepare(product: Product, backend: str):
     """What is to be compiled, and its operands."""
     x_key, w_key = jax.random.split(jax.random.key(product.m))
     x = jax.random.normal(x_key, (product.m, K), product.dtype)
-    w = pbjax.quantize({"kernel": jax.random.normal(w_key, (K, N))}, product.bits, group_size=product.group_size)
+    kernel = jax.random.normal(w_key, (K, product.n))
+    w = pbjax.quantize({"kernel": kernel}, product.bits, group_size=product.group_size)
     options = dict(activation_bits=product.activation_bits, backend=backend, preferred_element_type=jnp.float32)
 
     def matmul(x, w, used):

@@ -12,7 +12,9 @@ are the 8 bits of one limb of one activation row, to be weighted by powers of tw
 
 So a lane loads 4 consecutive channels, 4r..4r + 3, of word q and of word q + 4, 16 bytes each, and has the A fragments
 of two products: channels 4r, 4r + 1 in rows r, r + 8 of the first, 4r + 2, 4r + 3 in those of the second. Nothing is
-moved between lanes, and the 8 lanes of one q read 128 consecutive bytes.
+moved between lanes, and the 8 lanes of one q read 128 consecutive bytes. Where n is no multiple of 4, words are not
+aligned to 16 bytes: then these come in two loads of 8 bytes, or in four of 4, of channels 8 lanes apart, so that each
+of them still reads consecutive bytes.
 
 The activations of a warp's run of k stay in registers for all bitlayers, and the words of several bitlayers are
 requested before the first of them are used.
@@ -21,6 +23,7 @@ requested before the first of them are used.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,7 +33,8 @@ WARPS = 4  # Mosaic GPU launches programs of whole warpgroups; more warps on a m
 LANES = 32
 STEP_WORDS = 8  # 256 bits: what one mma sums over
 WARP_CHANNELS = 32  # two mma of 16 rows
-LOAD_CHANNELS = 4  # 16 bytes
+LANE_CHANNELS = 4  # 16 bytes
+LANE_ROWS = 8  # lanes of one q, that have the same words of k
 
 Value = Any  # an integer of the machine: of each lane, or the same in all of them. Python's operators work on it.
 Ref = Any  # an array in the machine's memory
@@ -135,6 +139,11 @@ class Plan:
     def row_limbs(self) -> int:
         """Limbs of activations per program: the columns of as many mma."""
         return self.config.rows * self.problem.activation_limbs
+
+    @property
+    def load_channels(self) -> int:
+        """Channels of one load: 4, or what the alignment of a word of k leaves of that."""
+        return math.gcd(self.problem.n, LANE_CHANNELS)
 
     @property
     def n_blocks(self) -> int:
@@ -260,15 +269,18 @@ def _word_reader(
 ) -> Callable[[Value], list[Value]]:
     """Reads a warp's words of one bitlayer: for each step 4 channels of word q, then of word q + 4.
 
+    The 4 channels of a lane are those of `_channel`.
+
     Outside a segment the activations are zero, and outside n nothing is written, so there any words will do: an index
     past the end is replaced by the last, which costs no branch and, being in the same lines, no traffic.
     """
     config = plan.config
-    row, quad = machine.lane // 4, machine.lane % 4
-    load = (n_block * config.warps_n + warp_n) * (WARP_CHANNELS // LOAD_CHANNELS) + row
+    row, quad, width = machine.lane // 4, machine.lane % 4, plan.load_channels
+    first = (n_block * config.warps_n + warp_n) * (WARP_CHANNELS // width) + row
+    loads = [first, *(first + LANE_ROWS * i for i in range(1, LANE_CHANNELS // width))]
     if plan.problem.n % config.block_n:
-        load = machine.minimum(load, plan.problem.n // LOAD_CHANNELS - 1)
-    channel = load * LOAD_CHANNELS  # multiplied last: so the compiler sees that it is aligned
+        loads = [machine.minimum(load, plan.problem.n // width - 1) for load in loads]
+    channels = [load * width for load in loads]  # multiplied last: so the compiler sees that they are aligned
     segment, part = split // plan.segment_splits, split % plan.segment_splits
     start = segment * plan.segment_words + part * config.split_words + warp_k * (config.steps * STEP_WORDS) + quad
     positions = [start + half * (STEP_WORDS // 2) for half in range(2 * config.steps)]
@@ -277,10 +289,19 @@ def _word_reader(
         positions = [machine.minimum(position, last) for position in positions]
 
     def read(bitlayer: Value) -> list[Value]:
-        loads = [machine.load(words, (bitlayer, position, channel), LOAD_CHANNELS) for position in positions]
-        return [word for load in loads for word in load]
+        loaded = [machine.load(words, (bitlayer, p, channel), width) for p in positions for channel in channels]
+        return [word for words in loaded for word in words]
 
     return read
+
+
+def _channel(machine: Machine, plan: Plan) -> Value:
+    """The channel, of a warp's 32, that a lane has after `_reduce_columns`: that of its word number q."""
+    width = plan.load_channels
+    if width == LANE_CHANNELS:
+        return machine.lane
+    row, quad = machine.lane // 4, machine.lane % 4
+    return (quad // width * LANE_ROWS + row) * width + quad % width
 
 
 def _fragments(
@@ -346,7 +367,7 @@ def _writer(
         machine.store(sums, (slot, split, row_block * plan.row_limbs + row_limb, channel), value, where)
 
     def emit(slot: Value, acc: list[Value], unused: list[Value] | None) -> None:
-        column = warp_n * WARP_CHANNELS + machine.lane
+        column = warp_n * WARP_CHANNELS + _channel(machine, plan)
         values = [
             _reduce_columns(machine, acc[8 * i : 8 * i + 8], signed=i % plan.problem.activation_limbs == 0)
             for i in range(plan.row_limbs)
@@ -378,9 +399,9 @@ def _writer(
 
 
 def _reduce_columns(machine: Machine, acc: list[Value], *, signed: bool) -> Value:
-    """sum_j +-2**j * column j of a warp's 32 channels: channel `lane` in each lane.
+    """sum_j +-2**j * column j of a warp's 32 channels: in each lane that of its word number q.
 
-    The lane has columns 2q and 2q + 1 of channels 4r .. 4r + 3. Of the 4 lanes of one r each ends with one channel, so
+    The lane has columns 2q and 2q + 1 of its 4 channels. Of the 4 lanes of one r each ends with one channel, so
     in two exchanges it gives away what others collect: 3 shuffles instead of 8.
     """
     quad = machine.lane % 4

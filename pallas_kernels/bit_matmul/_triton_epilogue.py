@@ -73,6 +73,39 @@ def finish(
     return out if bitlayers is None else out[0]
 
 
+def scale_groups(
+    problem: contract.Problem, sums: jax.Array, scale: jax.Array, bitlayers: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """`epilogue.scale_groups` of f32[groups, m, n] in one kernel: what devices that share k have added up."""
+    m, n = sums.shape[1:]
+    if 0 in (m, n):
+        return jnp.zeros((m, n), jnp.float32)
+    return _compat.triton_call(
+        functools.partial(_scale_groups_kernel, problem=problem),
+        name="bit_matmul_groups",
+        grid=(m, pl.cdiv(n, _BLOCK_N)),
+        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+        num_warps=_NUM_WARPS,
+        num_stages=1,
+        interpret=interpret,
+    )(bitlayers, scale, sums)
+
+
+def _scale_groups_kernel(counts, scale, sums, out, *, problem: contract.Problem):
+    """One row and a block of channels; operands as of `_kernel`, but sums are [groups, m, n] f32 and out is [m, n]."""
+    row, first_channel = pl.program_id(0), pl.program_id(1) * _BLOCK_N
+    channels = pl.ds(first_channel, _BLOCK_N)
+    inside = _triton_codes.inside(first_channel, _BLOCK_N, sums.shape[2])
+    total = _add_groups(
+        problem,
+        lambda group: _triton_codes.load(sums.at[group, row, channels], inside, 0),
+        lambda group: _triton_codes.load(scale.at[_scale_row(scale, counts[row]), group, channels], inside, 0),
+        epilogue.unit(counts[row], problem.fixed_point_bits),
+        at_once=_LOADS,
+    )
+    _compat.triton_store(out.at[row, channels], total, mask=inside)
+
+
 def _kernel(
     counts, row_sums, steps, scale, sums, out, *, problem: contract.Problem, parts: int, place: Place, signed: bool
 ):
@@ -137,27 +170,43 @@ def _kernel(
         return lax.fori_loop(first, stop, lambda segment, total: total + segment_sum(segment), zero)
 
     def factor(group):
-        scale_row = jnp.clip(count, 1, scale.shape[0]) - 1
-        return _triton_codes.load(scale.at[scale_row, group, channels], inside, 0)
+        return _triton_codes.load(scale.at[_scale_row(scale, count), group, channels], inside, 0)
 
     unit = epilogue.unit(count, problem.fixed_point_bits)
-    at_once = max(1, _LOADS // (block_parts * problem.activation_limbs * len(problem.code_limbs)))
+    if problem.groups == 1:
+        total = group_sum(jnp.int32(0)) * unit * factor(jnp.int32(0))
+    else:
+        at_once = max(1, _LOADS // (block_parts * problem.activation_limbs * len(problem.code_limbs)))
+        total = _add_groups(problem, group_sum, factor, unit, at_once=at_once)
+    if steps is not None:
+        of_row, poison = steps
+        total = total * of_row[row] + poison[row]  # of which the latter is 0 or NaN: fused, it rounds as often
+    _compat.triton_store(out.at[index, row, channels], total, mask=inside)
 
-    def add_groups(i, total):
+
+def _scale_row(scale: Any, count: jax.Array) -> jax.Array:
+    """Where the scales of a number of bitlayers are."""
+    return jnp.clip(count, 1, scale.shape[0]) - 1
+
+
+def _add_groups(
+    problem: contract.Problem,
+    group_sum: Callable[[jax.Array], jax.Array],
+    factor: Callable[[jax.Array], jax.Array],
+    unit: jax.Array,
+    *,
+    at_once: int,
+) -> jax.Array:
+    """The sum over groups, in their order, of which some are loaded together."""
+
+    def add(i, total):
         for group in [i * at_once + j for j in range(at_once)]:
             exists = group < problem.groups  # past the last, it once more, times zero
             group = jnp.minimum(group, problem.groups - 1)
             total = epilogue.add_scaled(total, group_sum(group), jnp.where(exists, factor(group), 0.0), unit)
         return total
 
-    if problem.groups == 1:
-        total = group_sum(jnp.int32(0)) * unit * factor(jnp.int32(0))
-    else:
-        total = lax.fori_loop(0, pl.cdiv(problem.groups, at_once), add_groups, zero)
-    if steps is not None:
-        of_row, poison = steps
-        total = total * of_row[row] + poison[row]  # of which the latter is 0 or NaN: fused, it rounds as often
-    _compat.triton_store(out.at[index, row, channels], total, mask=inside)
+    return lax.fori_loop(0, pl.cdiv(problem.groups, at_once), add, jnp.zeros((_BLOCK_N,), jnp.float32))
 
 
 def _segments_per_group(problem: contract.Problem) -> int:

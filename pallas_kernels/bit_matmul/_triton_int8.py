@@ -95,10 +95,8 @@ def matmul(
     interpret: bool,
 ) -> jax.Array:
     """The product of the contract. codes: int32[m, 32 * num_words], 0 past k, or what `quantize_rows` makes of rows."""
-    packed, order = _int8_operands.prepare(problem, codes), None
-    if problem.m > config.block_rows:  # rows of one count come together, so that few blocks of rows have more than one
-        order, _ = _triton_order.by_count(bitlayers, interpret=interpret)
-    out = _launch(problem, packed, order, words, scale, bitlayers, config, interpret)
+    packed = _int8_operands.prepare(problem, codes)
+    out = _launch(problem, packed, words, scale, bitlayers, config, interpret)
     if config.parts is None:
         return out
     return _triton_epilogue.finish(
@@ -131,21 +129,40 @@ def prefixes(
     """
     config = dataclasses.replace(config, parts=None)
     packed = _int8_operands.prepare(problem, codes)
-    return _launch(problem, packed, None, words, scale, limit, config, interpret)
+    return _launch(problem, packed, words, scale, limit, config, interpret)
+
+
+def limb_sums(
+    problem: contract.Problem,
+    codes: jax.Array,
+    words: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """The integers of the contract. codes: int32[m, 32 * num_words], 0 past k."""
+    config = dataclasses.replace(config, parts=config.parts or 1)
+    packed = _int8_operands.prepare(problem, codes)
+    out = _launch(problem, packed, words, None, bitlayers, config, interpret)
+    sums = out.reshape(len(problem.segments), config.parts, len(problem.code_limbs), -1, *out.shape[2:]).sum(axis=1)
+    return epilogue.centre(problem, jnp.swapaxes(sums, 1, 2), packed.row_sums, bitlayers, signed=True)
 
 
 def _launch(
     problem: contract.Problem,
     packed: limbs.Packed,
-    order: jax.Array | None,
     words: jax.Array,
-    scale: jax.Array,
+    scale: jax.Array | None,
     bitlayers: jax.Array,
     config: Config,
     interpret: bool,
 ) -> jax.Array:
     """What the kernel writes; all prefixes where `bitlayers` is their limit."""
-    sweep = bitlayers.ndim == 0
+    sweep, order = bitlayers.ndim == 0, None
+    if not sweep and problem.m > config.block_rows:
+        # Rows of one count come together, so that few blocks of rows have more than one.
+        order, _ = _triton_order.by_count(bitlayers, interpret=interpret)
     # What its first and last words are, of each segment, and its first segment, of each group; one more ends the last.
     spans, first_segment = _int8_operands.segment_spans(problem), None
     if len(problem.segments) != problem.groups:
@@ -218,7 +235,7 @@ def _kernel(
       steps: [m] f32, unit and poison, or None
       counts: [m] int32, of a sweep [1], the limit
       words: [bits, num_words, n] uint32
-      scale: [min(bits, 4), groups, n] f32
+      scale: [min(bits, 4), groups, n] f32; not looked at with parts, and may be None then
       out: [m, n] f32, of a sweep [bits, m, n], or with parts [parts, code limbs * activation limbs, m, n] int32
       problem: the product.
       config: how it is cut.

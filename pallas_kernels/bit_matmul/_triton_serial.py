@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, limbs
+from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, epilogue, limbs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,45 @@ def matmul(
     Returns:
       f32[m, n], or with `sweep` f32[bits, m, n].
     """
+    cut, codes, sums = _launch(problem, codes, words, bitlayers, sweep, config, interpret)
+    return _triton_epilogue.finish(
+        problem,
+        sums,
+        codes.row_sums,
+        scale,
+        None if sweep else bitlayers,
+        steps=codes.steps,
+        parts=len(cut.first_words) // len(problem.segments),
+        place=lambda slot, part, limb, row, channels: (part, slot, limb, row, channels),
+        interpret=interpret,
+    )
+
+
+def limb_sums(
+    problem: contract.Problem,
+    codes: jax.Array,
+    words: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    config: Config,
+    interpret: bool,
+) -> jax.Array:
+    """The integers of the contract. codes: int32[m, 32 * num_words], 0 past k."""
+    _, packed, sums = _launch(problem, codes, words, bitlayers, False, config, interpret)
+    sums = sums.reshape(len(problem.segments), -1, *sums.shape[1:])[..., : problem.m, :].sum(axis=1)
+    return epilogue.centre(problem, jnp.swapaxes(sums, 1, 2), packed.row_sums, bitlayers)
+
+
+def _launch(
+    problem: contract.Problem,
+    codes: jax.Array | limbs.Packed,
+    words: jax.Array,
+    bitlayers: jax.Array,
+    sweep: bool,
+    config: Config,
+    interpret: bool,
+) -> tuple[_Cut, limbs.Packed, jax.Array]:
+    """How k was cut, what was multiplied, and the sums of parts, limbs of bitlayers or bitlayers, and limbs of rows."""
     cut = _cut(problem, config)
     padding = -problem.m % config.block_rows
     if not isinstance(codes, limbs.Packed):
@@ -129,17 +168,7 @@ def matmul(
         num_stages=config.num_stages,
         interpret=interpret,
     )(None if cut.is_even else jnp.asarray(cut.first_words), packed, jnp.pad(bitlayers, (0, padding)), words)
-    return _triton_epilogue.finish(
-        problem,
-        sums,
-        codes.row_sums,
-        scale,
-        None if sweep else bitlayers,
-        steps=codes.steps,
-        parts=len(cut.first_words) // len(problem.segments),
-        place=lambda slot, part, limb, row, channels: (part, slot, limb, row, channels),
-        interpret=interpret,
-    )
+    return cut, codes, sums
 
 
 def _kernel(first_words, packed, counts, words, out, *, problem: contract.Problem, config: Config, sweep: bool):

@@ -23,7 +23,8 @@ or beyond `limit` is arbitrary and must never be read.
 
 `limb_sums`, which a backend may have, returns the integers of a fixed-point product before `epilogue`:
 int32[segments, activation limbs, code limbs, m, n], as `epilogue.combine_limbs` describes them. They are what devices
-that each hold a part of k add up.
+that each hold a part of k add up; `scale_groups`, which a backend may have too, is that of `epilogue`, of the whole
+problem and with its width of activations.
 """
 
 from __future__ import annotations

@@ -45,6 +45,28 @@ def combine_limbs(limbs: jax.Array, bitlayers: jax.Array) -> jax.Array:
     return combine_columns(columns, jnp.clip(bitlayers - contract.LIMB_BITS, 0, contract.LIMB_BITS)[:, None])
 
 
+def centre(
+    problem: contract.Problem, sums: jax.Array, row_sums: jax.Array, bitlayers: jax.Array, *, signed: bool = False
+) -> jax.Array:
+    """The limb sums of all segments, as `combine_limbs` takes them, from what a kernel of unsigned codes returns.
+
+    Args:
+      problem: the product.
+      sums: int32[segments, activation limbs, code limbs, m, n], sum_k q_a * c_c.
+      row_sums: int32[segments, activation limbs, m], sum_k q_a.
+      bitlayers: int32[m].
+      signed: the sums are of c_c - 2**(w_c - 1), in place of c_c.
+
+    Returns:
+      int32[segments, activation limbs, code limbs, m, n].
+    """
+    rows = jnp.expand_dims(row_sums, (2, 4))
+    if signed:
+        return 2 * sums + rows
+    used = jnp.stack([jnp.clip(bitlayers - first, 0, last - first) for first, last in problem.code_limbs])
+    return 2 * sums + (1 - (jnp.int32(1) << used))[None, None, :, :, None] * rows
+
+
 def add_limb(value: jax.Array | None, limb: jax.Array) -> jax.Array:
     """2**8 * value + limb, the step from one limb of the activations to the next. f32[m, n], int32[m, n]."""
     limb = limb.astype(jnp.float32)

@@ -19,9 +19,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, limbs, tuned
-from pallas_kernels.bit_matmul._mosaic_kernel import LANES, LOAD_CHANNELS, STEP_WORDS, WARPS, Config, Plan
+from pallas_kernels.bit_matmul import _triton_epilogue, _triton_pack, contract, epilogue, limbs, tuned
+from pallas_kernels.bit_matmul._mosaic_kernel import LANES, STEP_WORDS, WARPS, Config, Plan
 
 # Cost grows with rows * limbs and bitlayers: beyond this `triton` unpacks the weights for the int8 tensor core instead,
 # whose cost hardly does. An estimate, from 0.54 BMMA per clock and multiprocessor and the instructions of that kernel.
@@ -34,23 +35,26 @@ _MIN_PROGRAMS = 256  # about two for each of Hopper's 132 multiprocessors
 
 def unsupported(problem: contract.Problem) -> str | None:
     """Why the kernel cannot run the problem, or None. Whether there is such a GPU is not asked here."""
-    if problem.activation_bits is None:
-        return "`activation_bits` must be an integer, but got None: the 1-bit tensor core takes fixed-point activations"
-    if problem.n % LOAD_CHANNELS:
-        return (
-            f"`n` must be a multiple of {LOAD_CHANNELS}, so that words are read 16 bytes at a time, but got {problem.n}"
-        )
-    words = problem.segments[0][2] if problem.segments else 0
-    if any(start != i * words for i, (_, start, _) in enumerate(problem.segments)):
-        return (
-            f"`group_size` above {contract.MAX_EXACT_K} must be a multiple of it, so that k is cut into segments of "
-            f"equal length, but got {problem.group_size}"
-        )
+    if reason := _impossible(problem):
+        return reason
     row_limbs = problem.m * problem.activation_limbs
     if row_limbs > _MAX_ROW_LIMBS:
         return (
             f"rows times 8-bit limbs of activations must be at most {_MAX_ROW_LIMBS}, but got {problem.m} * "
             f"{problem.activation_limbs}: beyond that, unpacked weights on the int8 tensor core should be faster"
+        )
+    return None
+
+
+def _impossible(problem: contract.Problem) -> str | None:
+    """Why the kernel cannot run the problem, fast or slow, or None."""
+    if problem.activation_bits is None:
+        return "`activation_bits` must be an integer, but got None: the 1-bit tensor core takes fixed-point activations"
+    words = problem.segments[0][2] if problem.segments else 0
+    if any(start != i * words for i, (_, start, _) in enumerate(problem.segments)):
+        return (
+            f"`group_size` above {contract.MAX_EXACT_K} must be a multiple of it, so that k is cut into segments of "
+            f"equal length, but got {problem.group_size}"
         )
     return None
 
@@ -75,9 +79,9 @@ def config_for(problem: contract.Problem) -> Config:
     return config if enough and config.split_words <= segment else with_steps(1)
 
 
-def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config]:
-    """Configurations worth timing, of products and sweeps alike; the first is that of `config_for`."""
-    del sweep
+def candidates(problem: contract.Problem, dtype: DTypeLike = jnp.float32, *, sweep: bool = False) -> list[Config]:
+    """Configurations worth timing, of rows of any dtype, products and sweeps; the first is that of `config_for`."""
+    del dtype, sweep
     default = config_for(problem)
     found = [
         dataclasses.replace(default, steps=steps, depth=depth, warps_k=warps_k)
@@ -164,8 +168,31 @@ def prefixes(
     return _finish(plan, packed, sums, scale, None, interpret)
 
 
-def _plan(problem: contract.Problem, config: Config | None, *, sweep: bool) -> Plan:
-    if reason := unsupported(problem):
+def limb_sums(
+    problem: contract.Problem,
+    x: jax.Array,
+    words: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    config: Config | None = None,
+) -> jax.Array:
+    """The integers of the contract, of any number of rows: a sweep asks for those of every number of bitlayers."""
+    shape = len(problem.segments), problem.activation_limbs, len(problem.code_limbs), problem.m, problem.n
+    if 0 in shape:
+        return jnp.zeros(shape, jnp.int32)
+    plan = _plan(problem, config, sweep=False, any_rows=True)
+    packed = _pack(plan, x)
+    sums = _launch(plan, packed.bits, words, bitlayers)
+    sums = sums.reshape(plan.slots, len(problem.segments), plan.segment_splits, -1, problem.activation_limbs, problem.n)
+    sums = jnp.transpose(sums[:, :, :, : problem.m].sum(axis=2), (1, 3, 0, 2, 4))
+    return epilogue.centre(problem, sums, packed.row_sums, bitlayers)
+
+
+scale_groups = _triton_epilogue.scale_groups
+
+
+def _plan(problem: contract.Problem, config: Config | None, *, sweep: bool, any_rows: bool = False) -> Plan:
+    if reason := _impossible(problem) if any_rows else unsupported(problem):
         raise contract.Unsupported(reason)
     config = config or tuned.find("mosaic", problem, CONFIGS, sweep=sweep) or config_for(problem)
     return Plan(problem=problem, config=config, sweep=sweep)

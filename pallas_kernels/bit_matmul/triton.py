@@ -24,6 +24,7 @@ from pallas_kernels.bit_matmul import (
     _triton_dot,
     _triton_dot_rows,
     _triton_dot_sweep,
+    _triton_epilogue,
     _triton_int8,
     _triton_int8_sweep,
     _triton_pack,
@@ -98,14 +99,14 @@ def config_for(problem: contract.Problem, dtype: DTypeLike = jnp.float32) -> Con
     return (_triton_serial if few else _triton_int8).config_for(problem)
 
 
-def candidates(problem: contract.Problem, *, sweep: bool = False) -> list[Config]:
+def candidates(problem: contract.Problem, dtype: DTypeLike = jnp.float32, *, sweep: bool = False) -> list[Config]:
     """Configurations worth timing, of every kernel that can run the problem; the first is that of `config_for`.
 
     Of a sweep but for those that it does not tell apart: it cuts int8 products by itself, floats as `_triton_dot` does.
     """
-    found: list[Config] = [config_for(problem)]
+    found: list[Config] = [config_for(problem, dtype)]
     if problem.activation_bits is None:
-        dot = _triton_dot.config_for(problem, jnp.dtype(jnp.float32))
+        dot = _triton_dot.config_for(problem, jnp.dtype(dtype))
         rows = [dot.block_rows, 64][: 1 + (problem.m > dot.block_rows)]
         found += _variants(dot, block_rows=rows, num_warps=(4, 8), block_n=(128, 256))
         if problem.groups == 1:
@@ -229,6 +230,44 @@ def prefixes(
     return run(problem, x, words, scale, limit, config=config, interpret=interpret)
 
 
+def limb_sums(
+    problem: contract.Problem,
+    x: jax.Array,
+    words: jax.Array,
+    bitlayers: jax.Array,
+    *,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The integers of the contract, of any number of rows: a sweep asks for those of every number of bitlayers."""
+    shape = len(problem.segments), problem.activation_limbs, len(problem.code_limbs), problem.m, problem.n
+    if 0 in shape:
+        return jnp.zeros(shape, jnp.int32)
+    x, config = _whole_words(problem, x), _check(problem, config, x)
+    if isinstance(config, SerialConfig):
+        return _triton_serial.limb_sums(problem, x, words, bitlayers, config=config, interpret=interpret)
+    assert isinstance(config, Int8Config)
+    num_sums = _triton_int8.num_sums(problem, dataclasses.replace(config, parts=config.parts or 1))
+    num_codes = problem.activation_limbs * x.size
+    at_once = max(1, min(problem.m * _MAX_SUMS // num_sums, problem.m * (_MAX_CODES - 1) // num_codes))
+    blocks = [slice(first, min(first + at_once, problem.m)) for first in range(0, problem.m, at_once)]
+    sums = [
+        _triton_int8.limb_sums(
+            dataclasses.replace(problem, m=block.stop - block.start),
+            x[block],
+            words,
+            bitlayers[block],
+            config=config,
+            interpret=interpret,
+        )
+        for block in blocks
+    ]
+    return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=3)
+
+
+scale_groups = _triton_epilogue.scale_groups
+
+
 def _check(problem: contract.Problem, config: Config | None, x: Any, *, sweep: bool = False) -> Config:
     dtype = getattr(x, "dtype", None)
     config = config or tuned.find("triton", problem, CONFIGS, dtype=dtype, sweep=sweep)
@@ -247,6 +286,8 @@ def _check(problem: contract.Problem, config: Config | None, x: Any, *, sweep: b
 
 
 def _pad(problem: contract.Problem, x: jax.Array | limbs.Packed) -> jax.Array | limbs.Packed:
-    if isinstance(x, limbs.Packed):
-        return x
+    return x if isinstance(x, limbs.Packed) else _whole_words(problem, x)
+
+
+def _whole_words(problem: contract.Problem, x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, problem.num_words * contract.WORD_BITS - problem.k)))

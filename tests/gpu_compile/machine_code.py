@@ -132,7 +132,8 @@ def compile_kernels(fn: Callable[..., object], *args: object, gpu: str) -> tuple
 
     Args:
       fn: the function.
-      *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only their shapes and dtypes are looked at.
+      *args: pytrees of arrays or `jax.ShapeDtypeStruct`; only their shapes and dtypes are looked at, and the shardings
+        of the latter, which are over devices of `devices`.
       gpu: a key of `GPUS`.
 
     Returns:
@@ -215,8 +216,13 @@ def _compiled(
     fn: Callable[..., object], args: tuple[object, ...], gpu: str, options: Mapping[str, object] | None = None
 ) -> Iterator[pathlib.Path]:
     """The folder into which XLA and Mosaic GPU wrote what they made of `jax.jit(fn)`."""
-    sharding = SingleDeviceSharding(_device(gpu))
-    described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    one = SingleDeviceSharding(devices(gpu)[0])
+
+    def describe(a):
+        sharding = a.sharding if isinstance(a, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or one)
+
+    described = jax.tree.map(describe, args)
     with tempfile.TemporaryDirectory() as folder:
         # Mosaic GPU assembles its kernels itself, and asks the environment where to leave their PTX. Only these two are
         # put back: when it is first imported, it sets one for itself, where its library lies.
@@ -232,11 +238,12 @@ def _compiled(
 
 
 @functools.cache
-def _device(gpu: str) -> jax.Device:
+def devices(gpu: str, num: int = 1) -> list[jax.Device]:
+    """So many of a GPU, on one host."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=gpu, topology="1x1x1", target_config=_target_config(GPUS[gpu])
+        platform="cuda", topology_name=f"{num} {gpu}", topology=f"1x{num}x1", target_config=_target_config(GPUS[gpu])
     )
-    return topology.devices[0]
+    return topology.devices
 
 
 def mesh(gpu: str) -> jax.sharding.AbstractMesh:

@@ -8,7 +8,10 @@ import multiprocessing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.bit_matmul import contract
 from pbjax import _backends, _partition
@@ -79,6 +82,38 @@ def test_float_activations(m, group_size):
     assert sorted(names) == dots + ["bit_matmul_unpack"] * (m == 1024)
     assert len(launches) <= _FLOATS[m, group_size]
     assert not {launch.kind for launch in launches} & {"kWhile", "kConditional"}, launches
+
+
+@pytest.mark.parametrize(
+    ("backend", "m", "group_size", "kernel"),
+    [("mosaic", 1, 128, "mosaic_gpu"), ("triton", 1, None, "serial"), ("triton", 64, 128, "int8")],
+)
+def test_devices_that_share_k(backend, m, group_size, kernel):
+    """Each runs the product's kernel on its part; one all-reduce, and groups are scaled in one kernel behind it."""
+    problem = contract.Problem(m=m, k=4096, n=1024, bits=8, group_size=group_size, activation_bits=8)
+    kernels, launches = in_own_process(compile_with_k_cut, backend, problem)
+    ours = {found.name: found for found in kernels if found.name.startswith("bit_matmul")}
+    assert len(ours) == 1 + (group_size is not None)
+    assert any(kernel in name for name in ours)
+    assert ("bit_matmul_groups" in ours) == (group_size is not None)
+    assert not any(found.spill_bytes or found.uses_local_memory for found in ours.values())
+    kinds = [launch.kind for launch in launches]
+    assert kinds.count("kAllReduce") == 1
+    assert not set(kinds) & {"kWhile", "kConditional"}, launches
+
+
+def compile_with_k_cut(backend: str, problem: contract.Problem):
+    """The program of each of four devices."""
+    mesh = Mesh(np.array(machine_code.devices("h200", 4)), ("k",))
+    x, words, scale, counts = described(problem)
+    specs = P(), P(None, "k"), P(None, "k" if problem.groups > 1 else None), P()
+    operands = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+        for a, spec in zip((x, words, scale, counts), specs, strict=True)
+    ]
+    choice = _backends.Choice(_backends.BACKENDS[backend])
+    run = _partition.partitioned(choice, problem=problem, prefixes=False, axes=())
+    return machine_code.compile_all(run, *operands, gpu="h200")
 
 
 def launches_of(backend: str, problem: contract.Problem, sweep: bool) -> tuple[machine_code.Launch, ...]:

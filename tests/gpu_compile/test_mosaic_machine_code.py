@@ -29,6 +29,7 @@ PROBLEMS = {
     "one_row_of_8_bits": problem(activation_bits=8),
     "one_row_of_24_bits": problem(activation_bits=24),
     "sixteen_bits": problem(bits=16),
+    "sixteen_bits_by_24": problem(bits=16, activation_bits=24),
     "four_rows": problem(m=4),
     "eight_rows_of_8_bits": problem(m=8, activation_bits=8),
     "two_blocks_of_rows": problem(m=5, activation_bits=24),
@@ -36,6 +37,11 @@ PROBLEMS = {
     "small": problem(k=256, n=256),
     "uneven": problem(k=4001, n=4100),
     "groups": problem(group_size=128),
+    "groups_of_3_words": problem(k=4032, group_size=96),
+    "n_10": problem(n=10),
+    "n_1001": problem(n=1001),
+    "n_4097": problem(n=4097),
+    "n_4097_eight_rows_of_8_bits": problem(m=8, n=4097, activation_bits=8),
     "long_k": problem(k=65536),
 }
 
@@ -51,6 +57,7 @@ _INSTRUCTIONS_PER_WORD_OF_A_SWEEP = {
     "one_row_of_8_bits": 4.1,
     "one_row_of_24_bits": 10.4,
     "sixteen_bits": 7.3,
+    "sixteen_bits_by_24": 10.4,
     "four_rows": 22.4,
     "eight_rows_of_8_bits": 21.5,
     "two_blocks_of_rows": 24.0,
@@ -58,11 +65,17 @@ _INSTRUCTIONS_PER_WORD_OF_A_SWEEP = {
     "small": 10.9,
     "uneven": 7.3,
     "groups": 10.9,
+    "groups_of_3_words": 10.9,
+    "n_10": 10.4,
+    "n_1001": 11.2,
+    "n_4097": 6.6,
+    "n_4097_eight_rows_of_8_bits": 22.3,
     "long_k": 7.6,
 }
 # 65536 registers for 16 warps of 32 lanes; with more than 4 limbs of activations, for 12 warps.
 _REGISTERS = 128
 _REGISTERS_MANY_LIMBS = 168
+_REGISTERS_NARROW_LOADS = 192  # for 8 warps: more loads, each with an address of its own
 
 
 @functools.cache
@@ -89,18 +102,21 @@ def test_hopper(name, sweep):
     p, found = PROBLEMS[name], kernel(PROBLEMS[name], "h200", sweep)
     config = mosaic.config_for(p)
     row_limbs = config.rows * p.activation_limbs
+    # n of a multiple of 4 is read 16 bytes at a time, others as far as their alignment goes.
+    width, opcode = {0: (4, "LDG.E.128"), 2: (2, "LDG.E.64")}.get(p.n % 4, (1, "LDG.E"))
     assert found.spill_bytes == 0
     assert not found.uses_local_memory
-    assert found.registers <= (_REGISTERS if row_limbs <= 4 else _REGISTERS_MANY_LIMBS)
+    most = _REGISTERS if row_limbs <= 4 else _REGISTERS_MANY_LIMBS
+    assert found.registers <= (most if width == 4 else _REGISTERS_NARROW_LOADS)
     # Native: an emulated product would be many integer instructions, or IMMA.
     (loop,) = [loop for loop in found.loops if machine_code.count(loop, "BMMA.168256.AND.POPC")]
     assert machine_code.count(loop, "BMMA") == 2 * config.steps * row_limbs * config.depth
     assert found.count("IMMA") == 0
-    # Words, all that the loop loads, come 16 bytes at a time, and those of `depth` bitlayers before the first is used.
+    # Words are all that the loop loads, those of `depth` bitlayers before the first of them is used.
     loads = [i for i, opcode in enumerate(loop) if opcode.startswith("LDG")]
-    assert len(loads) == 2 * config.steps * config.depth
-    assert all(loop[i].startswith("LDG.E.128") for i in loads)
-    per_word = len(loop) / (_mosaic_kernel.LOAD_CHANNELS * len(loads))
+    assert len(loads) * width == 2 * config.steps * config.depth * _mosaic_kernel.LANE_CHANNELS
+    assert {loop[i].removesuffix(".CONSTANT") for i in loads} == {opcode}
+    per_word = len(loop) / (width * len(loads))
     if sweep:
         assert per_word <= _INSTRUCTIONS_PER_WORD_OF_A_SWEEP[name]
     else:
