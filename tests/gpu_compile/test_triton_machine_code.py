@@ -258,9 +258,9 @@ DOT_ROWS = {
 }
 # Of a lane for each weight and 128 rows. In the time of the tensor core for one part of the activations an SM of an
 # H200 issues 8.7, one of an A100 16.
-_INSTRUCTIONS_PER_CODE_OF_ROWS = {"h200": 6.5, "a100": 9.0}
+_INSTRUCTIONS_PER_CODE_OF_ROWS = {"h200": 7.0, "a100": 9.6}
 # After the start of a dot and before its end, of all in the loop: what is hidden behind the tensor core.
-_HIDDEN_FRACTION = 0.6
+_HIDDEN_FRACTION, _HIDDEN_FRACTION_OF_ONE = 0.7, 0.45  # one bitlayer is little to unpack
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -283,7 +283,7 @@ def test_dot_of_many_rows(name, dtype, gpu):
     if gpu == "h200":
         begins = next(i for i, opcode in enumerate(loop) if opcode.startswith("WARPGROUP.ARRIVE"))
         ends = next(i for i, opcode in enumerate(loop) if opcode.startswith("WARPGROUP.DEPBAR"))
-        assert (ends - begins) / len(loop) >= (_HIDDEN_FRACTION if p.bits > 1 else 0.3)
+        assert (ends - begins) / len(loop) >= (_HIDDEN_FRACTION if p.bits > 1 else _HIDDEN_FRACTION_OF_ONE)
 
 
 # Of all of `_triton_unpack`, which has no loop, and of each weight at 8 bitlayers: it writes 2 bytes for each byte that
