@@ -142,7 +142,7 @@ def centred(bitlayers: list[jax.Array], used: jax.Array, *, interpret: bool) -> 
         )
 
     pairs = [pair(field, selector) for field in fields for selector in _BYTE_PAIRS]
-    values = join([half.T for word in pairs for half in _ptx.unpack_bfloat16(word)])
+    values = _join([half.T for word in pairs for half in _ptx.unpack_bfloat16(word)])
     return values.reshape(top.shape[1], contract.WORD_BITS * top.shape[0])
 
 
@@ -175,11 +175,11 @@ def _exchange(fields: list[jax.Array], distance: int, kept: int, interpret: bool
     return out
 
 
-def join(arrays: list[jax.Array]) -> jax.Array:
+def _join(arrays: list[jax.Array]) -> jax.Array:
     """2**d arrays as one with d more axes, the last array index the fastest: they stay in the registers of a lane."""
     if len(arrays) == 1:
         return arrays[0]
-    return jnp.stack([join(arrays[::2]), join(arrays[1::2])], axis=-1)
+    return jnp.stack([_join(arrays[::2]), _join(arrays[1::2])], axis=-1)
 
 
 def inside(first: jax.Array, size: int, total: int) -> jax.Array | None:

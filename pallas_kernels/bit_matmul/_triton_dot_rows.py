@@ -1,10 +1,10 @@
 """Many rows of float activations on a GPU: words become bfloat16 while the tensor core multiplies those before.
 
-The arithmetic is that of `_triton_dot`, whose weights are unpacked again for every 64 rows: here for every 128. As
-rows are the left operand, what lanes unpack goes to shared memory, and their registers are free for the next. So the
-loop carries the operands of one dot and the words of the next: nothing between the start of a dot and its end depends
-on it, or on memory, and the compiler for NVIDIA's GPUs puts the unpacking there. Of Triton's own ways to that, one
-copies words into shared memory first, and the other needs operands that come from memory.
+The arithmetic is that of `_triton_dot`, whose weights are unpacked again for every 64 rows: here for every 128. The
+loop carries the operands of one dot and the words of the next, so that nothing between the start of a dot and its end
+depends on it, or on memory, and there the compiler for NVIDIA's GPUs puts the unpacking: on Hopper, whose dots are
+asynchronous. Both operands are in shared memory, and registers free for those of the next dot. Triton's own pipelines
+do neither: they copy words into shared memory first, and start no dot before its operands have come from memory.
 
 Activations of several parts (`_triton_dot.split`) take a pass over the words for each, the smallest first.
 
@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from pallas_kernels.bit_matmul import _ptx, _triton_codes, _triton_dot, _triton_order, contract
+from pallas_kernels.bit_matmul import _triton_codes, _triton_dot, _triton_order, contract
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,6 @@ def matmul(
     """
     order, _ = _triton_order.by_count(bitlayers, interpret=interpret)
     parts = _triton_codes.arrange(_triton_dot.split(x[order]))
-    pairs = lax.bitcast_convert_type(parts.reshape(*parts.shape[:-1], -1, 2), jnp.uint32)
     num_parts = pl.cdiv(count_blocks(problem, config), config.num_blocks)
     assert onto is None or num_parts == 1, "parts are added to each other"
     out = _compat.triton_call(
@@ -92,7 +91,7 @@ def matmul(
         num_stages=config.num_stages,
         interpret=interpret,
         input_output_aliases={} if onto is None else {0: 0},
-    )(None if onto is None else onto[None], pairs, order, bitlayers, words, scale)
+    )(None if onto is None else onto[None], lax.bitcast_convert_type(parts, jnp.uint16), order, bitlayers, words, scale)
     return out.sum(axis=0)
 
 
@@ -106,7 +105,7 @@ def _kernel(onto, x, order, counts, words, scale, out, *, problem: contract.Prob
 
     Args:
       onto: what `out` holds before, or None
-      x: [parts of x, m, 16 * num_words] uint32, pairs of bf16, rows in order
+      x: [parts of x, m, 32 * num_words] bf16 as uint16, rows in order
       order: [m] int32, the row at each place
       counts: [m] int32
       words: [bits, num_words, n] uint32
@@ -125,18 +124,17 @@ def _kernel(onto, x, order, counts, words, scale, out, *, problem: contract.Prob
     first_block = part * config.num_blocks
     stop_block = jnp.minimum(first_block + config.num_blocks, count_blocks(problem, config))
     is_even = problem.num_words % config.block_words == 0
-    pairs_of_word = contract.WORD_BITS // 2
-    num_pairs = config.block_words * pairs_of_word
+    k = config.block_words * contract.WORD_BITS
     zero = jnp.zeros((config.block_rows, config.block_n), jnp.float32)
 
     def load_rows(piece, block):
-        first = block * num_pairs
         masks = [] if row_inside is None else [row_inside[:, None]]
         if not is_even:
-            masks.append((jnp.arange(num_pairs, dtype=jnp.int32) < problem.num_words * pairs_of_word - first)[None, :])
-        mask = _triton_codes.all_of((config.block_rows, num_pairs), masks)
-        pairs = _triton_codes.load(x.at[piece, rows, pl.ds(first, num_pairs)], mask, 0)
-        return _triton_codes.join(list(_ptx.unpack_bfloat16(pairs))).reshape(config.block_rows, 2 * num_pairs)
+            masks.append((jnp.arange(k, dtype=jnp.int32) < problem.num_words * contract.WORD_BITS - block * k)[None, :])
+        mask = _triton_codes.all_of((config.block_rows, k), masks)
+        bits = _triton_codes.load(x.at[piece, rows, pl.ds(block * k, k)], mask, 0)
+        # Of bfloat16 as such, which the loop carries, LLVM would take pairs apart and join them again.
+        return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
     def following(piece, block):
         """The next block, in the next part of the activations after the last; after all of them, any."""

@@ -63,8 +63,9 @@ _MAX_SERIAL_WORK = 256  # beyond which it is not worth timing
 _DOT_ROWS = 64
 # Rows of float activations from which it pays to write unpacked weights for a dot of XLA's: an estimate from machine
 # code, not measured. In units of the time in which the memory of an H200 delivers 8 bitlayers, that dot takes 1.2 for
-# every 128 rows, and to unpack first takes 3. `_triton_dot_rows` issues for 0.8 beside each 1.2: it takes no longer if
-# all of that is hidden behind the tensor core, and 3 more at 450 rows if none is. If half is, they meet at 900.
+# every 128 rows, and to unpack first takes 3. `_triton_dot_rows` issues for 1.0 beside each 1.2: it takes no longer if
+# all of that is hidden behind the tensor core, and 3 more at 400 rows if none is. If half is, they meet at 800; by the
+# order of its instructions, of which four fifths stand behind the start of a dot, at 2000. This is in between.
 _XLA_DOT_ROWS = 1024
 
 

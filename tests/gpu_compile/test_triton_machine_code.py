@@ -269,9 +269,10 @@ DOT_ROWS = {
 }
 # Of a lane for each weight and 128 rows. In the time of the tensor core for one part of the activations an SM of an
 # H200 issues 8.7, one of an A100 16.
-_INSTRUCTIONS_PER_CODE_OF_ROWS = {"h200": 6.5, "a100": 9.0}
+_INSTRUCTIONS_PER_CODE_OF_ROWS = {"h200": 7.0, "a100": 9.6}
+_SPILLED_BYTES_OF_ROWS = {("a100", "float32", "256 rows"): 72}  # around the loop over words
 # After the start of a dot and before its end, of all in the loop: what is hidden behind the tensor core.
-_HIDDEN_FRACTION = 0.6
+_HIDDEN_FRACTION, _HIDDEN_FRACTION_OF_ONE = 0.7, 0.45  # one bitlayer is little to unpack
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -282,9 +283,11 @@ def test_dot_of_many_rows(name, dtype, gpu):
     p = DOT_ROWS[name]
     config, found = triton.config_for(p, dtype), kernel(p, gpu, False, dtype)
     assert found.name == "bit_matmul_dot_rows"
-    assert found.spill_bytes == 0
-    assert not found.uses_local_memory
+    allowed = _SPILLED_BYTES_OF_ROWS.get((gpu, dtype.__name__, name), 0)
+    assert found.spill_bytes <= allowed
+    assert allowed or not found.uses_local_memory
     (loop,) = [loop for loop in (*found.loops, *found.outer_loops) if tensor_core(loop)]
+    assert machine_code.count(loop, "LDL") + machine_code.count(loop, "STL") == 0
     codes = contract.WORD_BITS * config.block_words * config.block_n / (32 * config.num_warps)  # of a lane, in a turn
     assert len(loop) / codes <= _INSTRUCTIONS_PER_CODE_OF_ROWS[gpu]
     # Each word once: 8 bytes to a lane, which with 8 warps are the 128 channels of 4 words; 16 of activations.
@@ -294,7 +297,7 @@ def test_dot_of_many_rows(name, dtype, gpu):
     if gpu == "h200":
         begins = next(i for i, opcode in enumerate(loop) if opcode.startswith("WARPGROUP.ARRIVE"))
         ends = next(i for i, opcode in enumerate(loop) if opcode.startswith("WARPGROUP.DEPBAR"))
-        assert (ends - begins) / len(loop) >= (_HIDDEN_FRACTION if p.bits > 1 else 0.3)
+        assert (ends - begins) / len(loop) >= (_HIDDEN_FRACTION if p.bits > 1 else _HIDDEN_FRACTION_OF_ONE)
 
 
 # Of all of `_triton_unpack`, which has no loop, and of each weight at 8 bitlayers: it writes 2 bytes for each byte that
