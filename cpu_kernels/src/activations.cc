@@ -128,9 +128,8 @@ Panel MakePanel(const Problem& problem, const Operands& operands, const Kernels&
     if (is_float) {
       kernels.make_float_tables(panel.values + row * padded_k, words, panel.float_tables + row * words * kTableFloats);
     }
-    for (int limb = 0; limb < limbs; ++limb) {
-      kernels.make_tables(bytes + limb * panel.limb_stride, words, limb == 0,
-                          panel.tables + (row * words * limbs + limb) * kTableBytes, limbs * kTableBytes);
+    if (limbs > 0) {
+      kernels.make_tables(bytes, panel.limb_stride, limbs, words, panel.tables + row * words * limbs * kTableBytes);
     }
   };
   const int64_t rows_per_task = std::max<int64_t>(1, kPrepareWork / std::max<int64_t>(1, padded_k));

@@ -72,12 +72,12 @@ struct Kernels {
                       int64_t row_stride, int64_t rows, float* sums);
 
   // Null where a table does without. The sums of 4 adjacent limbs, or floats, under each pattern of 4 bits, in a form that
-  // look-ups know: kTableBytes for each word of k and limb, or for each word of k.
-  void (*make_tables)(const uint8_t* limb, int64_t words, bool is_signed, uint8_t* tables, int64_t word_stride);
+  // look-ups know: limbs * kTableBytes, or kTableFloats, for each word of k. Limb 0 is signed.
+  void (*make_tables)(const uint8_t* data, int64_t limb_stride, int limbs, int64_t words, uint8_t* tables);
   void (*make_float_tables)(const float* x, int64_t words, float* tables);
 
-  // sums[layer][limb][channel] += sum_k limb[k] * bit[layer][k][channel] of one row; of a signed limb too much, which
-  // add_layers takes back. tables[word][limb]; width is that of sums.
+  // sums[layer][limb][channel] += sum_k limb[k] * bit[layer][k][channel] of one row, in a form that add_layers takes back.
+  // width is that of sums.
   void (*lookup)(const WordBlock& block, const uint8_t* tables, int limbs, int32_t* sums, int64_t layer_stride,
                  int64_t width);
 
