@@ -92,7 +92,9 @@ def test_large_products_have_the_bits_of_xla_on_the_cpu(problem, backend, seed):
 
 
 @each_kernel
-@pytest.mark.parametrize(("m", "width", "k"), [(1, 8, 4096), (1, 16, 14336), (1, 24, 28672), (4, 8, 4001)])
+@pytest.mark.parametrize(
+    ("m", "width", "k"), [(1, 8, 4096), (1, 16, 14336), (1, 24, 28672), (4, 8, 4001), (70, 16, 4001)]
+)
 def test_rows_are_packed_as_by_xla(m, width, k, backend, seed):
     """The product of rows packed in one kernel has the bits of that of codes from XLA on the CPU."""
     problem = large(m, width, k=k, n=512)
