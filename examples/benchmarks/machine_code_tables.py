@@ -164,13 +164,14 @@ def local_memory() -> str:
     kernels_of = ", ".join(
         f"`{name}` on {NAMES[device]}" for name, device in tables.distinct(found, "kernel", "device")
     )
-    where = f": {kernels_of}, up to {most} bytes of a lane" if found else ""
+    spills = (
+        f"Of {len(rows)} rows, {len(found)} have registers in local memory: {kernels_of}, up to {most} bytes of a lane."
+    )
+    if not found:
+        spills = f"None of {len(rows)} rows has registers in local memory."
     narrow = tables.distinct([row for row in rows if row["load_bytes"] != "16"], "kernel", "sweep")
     loads = ", ".join(f"`{kernel}`{' in sweeps' if sweep == 'True' else ''}" for kernel, sweep in narrow)
-    return (
-        f"Of {len(rows)} rows, {len(found)} have registers in local memory{where}. "
-        f"The innermost loops load 16 bytes at a time{f', but for {loads}' if loads else ''}.\n"
-    )
+    return f"{spills} The innermost loops load 16 bytes at a time{f', but for {loads}' if loads else ''}.\n"
 
 
 def _rows() -> list[tables.Row]:
