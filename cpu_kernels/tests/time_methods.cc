@@ -70,6 +70,12 @@ class Pool : public Scheduler {
 struct Buffers {
   std::vector<float> x, scale, y;
   std::vector<uint32_t> words;
+  size_t offset = 0;  // of the first word, aligned to 64 bytes as XLA's are
+
+  void ResizeWords(size_t count) {
+    words.resize(count + 16);
+    offset = (64 - reinterpret_cast<uintptr_t>(words.data()) % 64) % 64 / sizeof(uint32_t);
+  }
 };
 
 const char* Name(Method method) {
@@ -85,7 +91,7 @@ const char* Name(Method method) {
 // Microseconds of a call, the median of many in a row.
 double Time(const Problem& problem, Buffers& buffers, const Kernels& kernels, int count, Pool& pool) {
   std::vector<int32_t> counts(problem.prefixes ? 1 : problem.m, count);
-  const Operands operands = {buffers.x.data(), buffers.words.data(), buffers.scale.data(), counts.data(),
+  const Operands operands = {buffers.x.data(), buffers.words.data() + buffers.offset, buffers.scale.data(), counts.data(),
                              buffers.y.data()};
   using Clock = std::chrono::steady_clock;
   std::vector<double> times;
@@ -119,7 +125,7 @@ int main(int argc, char** argv) {
   for (float& x : buffers.x) x = normal(random);
   buffers.scale.assign(4 * size, 1.0f);
   buffers.y.resize(kBits * kRows * size);
-  buffers.words.resize(kBits * (size / 32) * size);
+  buffers.ResizeWords(kBits * (size / 32) * size);
   for (uint32_t& word : buffers.words) word = static_cast<uint32_t>(random());
   Pool pool(std::thread::hardware_concurrency());
   std::printf("instructions,threads,k,n,m,activation_bits,sweep,bitlayers,method,median_us\n");
