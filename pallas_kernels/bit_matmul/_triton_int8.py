@@ -243,7 +243,8 @@ def _kernel(
       interpret: not for Triton.
     """
     # Read here: inside of a loop interpret mode does not know them.
-    first_channel, first_row, part = (pl.program_id(i) * size for i, size in enumerate(config.program_sizes))
+    channel_block, row_block, part = (pl.program_id(i) for i in range(3))
+    first_channel, first_row = channel_block * config.block_n, row_block * config.block_rows
     channels = pl.ds(first_channel, config.block_n)
     row_inside = _triton_codes.inside(first_row, config.block_rows, problem.m)
 
@@ -371,15 +372,13 @@ def _kernel(
 
     # Rows and channels once more, so that addresses are computed where they are used, behind the loops: the first word
     # is number 0, which the compiler does not know. If it did, it would compute them before the loops, and keep them in
-    # registers that the loops need.
+    # registers that the loops need. It moves a part of a sum, but none of `or`.
 
     def rows_again():
         return rows_from(first_row + spans[0, 0])
 
     def channels_again():
-        if problem.groups == 1:  # then there is no loop but that over words
-            return channels, inside
-        first = first_channel + spans[0, 0]
+        first = (channel_block | spans[0, 0]) * config.block_n
         return pl.ds(first, config.block_n), _triton_codes.inside(first, config.block_n, problem.n)
 
     if not sweep:
