@@ -372,16 +372,13 @@ def _kernel(
 
     # Rows and channels once more, so that addresses are computed where they are used, behind the loops: the first word
     # is number 0, which the compiler does not know. If it did, it would compute them before the loops, and keep them in
-    # registers that the loops need. Of a sum it moves a part, of `or` none; with groups, sums leave more registers.
+    # registers that the loops need. It moves a part of a sum, but none of `or`.
 
     def rows_again():
         return rows_from(first_row + spans[0, 0])
 
     def channels_again():
-        if problem.groups == 1:
-            first = (channel_block | spans[0, 0]) * config.block_n
-        else:
-            first = first_channel + spans[0, 0]
+        first = (channel_block | spans[0, 0]) * config.block_n
         return pl.ds(first, config.block_n), _triton_codes.inside(first, config.block_n, problem.n)
 
     if not sweep:

@@ -131,16 +131,18 @@ INT8 = {
 }
 # Instructions of the loop over words for each code, whatever the bitlayers, for all 64 rows together: to unpack, to
 # bring codes into the order of the tensor core, to count bits where lower limbs need it, for loads and addresses. An SM
-# issues 128 lanes of them per clock, so at 3.5 it makes 36 codes; Hopper's memory delivers 18 of 8 bits in that time.
+# issues 128 lanes of them per clock, so at 3.55 it makes 36 codes; Hopper's memory delivers 18 of 8 bits in that time.
 # Ampere's int8 operands go through shared memory byte by byte.
-_INSTRUCTIONS_PER_CODE = {"h200": 3.5, "a100": 8.1}
+_INSTRUCTIONS_PER_CODE = {"h200": 3.55, "a100": 8.1}
 # Two channels to a lane, 8 bytes, where sums of groups leave no room for more: each row is read for half as many codes.
 _INSTRUCTIONS_PER_CODE_OF_TWO_CHANNELS = {"h200": 6.9, "a100": 16.3}
 # Beside the loop over words. With groups, the sums of one and of all leave no register on an A100, which has no
 # warpgroups, where blocks of rows, channels or words are not full besides.
 _SPILLED_BYTES_OF_INT8 = {
-    ("a100", "w8a8, uneven groups"): 160,
-    ("a100", "w16a24, groups"): 120,
+    ("a100", "w4a8, 256 rows, groups"): 72,
+    ("a100", "w8a8, uneven groups"): 112,
+    ("a100", "w8a16, groups of 3 words"): 8,
+    ("a100", "w16a24, groups"): 56,
 }
 
 
