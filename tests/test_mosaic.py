@@ -13,6 +13,9 @@ import pytest
 from pallas_kernels.bit_matmul import _mosaic_kernel, contract, mosaic, reference, xla
 from tests import warp_emulator
 
+# JAX 0.11 and later say so at every lowering; rows are packed by a kernel of Triton's.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
 
 def problem(m, k, n, bits, group_size=None, activation_bits=16):
     return contract.Problem(m=m, k=k, n=n, bits=bits, group_size=group_size, activation_bits=activation_bits)
