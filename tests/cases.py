@@ -1,10 +1,17 @@
-"""What is common to the tables of cases: the shape of a product."""
+"""What is common to the tables of cases: the shape of a product, and how programs that run once are compiled."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+
+import jax
 
 import pbjax
+
+# `jax.jit` for kernels as JAX operations and for oracles: tests need a result or two of them, sooner than XLA and LLVM
+# would have optimized them. What users compile is tested as they compile it.
+jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

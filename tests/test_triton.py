@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels.bit_matmul import _triton_int8, _triton_order, contract, epilogue, reference, triton, xla
 from tests import cases, oracle
@@ -78,6 +80,15 @@ MANY_ROWS = {
 }
 EXACT = FIXED_POINT | MANY_ROWS
 
+expected_matmul = cases.jit_once(reference.matmul, static_argnums=0)
+expected_limb_sums = cases.jit_once(xla.limb_sums, static_argnums=0)
+
+
+def interpreted(run, case: Case):
+    """A function of `triton` for a case, its kernels as JAX operations; over many words LLVM's optimizations pay."""
+    jit = jax.jit if case.k > 10_000 else cases.jit_once
+    return jit(lambda *args: run(case.problem, *args, config=case.config, interpret=True))
+
 
 def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Every value of a code and garbage past k; all counts of bitlayers as far as there are rows."""
@@ -94,7 +105,7 @@ def operands(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 def test_rows_are_sorted_and_put_back(m):
     """By comparison and by a sort: rows of equal counts stay in order."""
     counts = np.random.default_rng(m).integers(1, 9, m)
-    order, rank = _triton_order.by_count(jnp.asarray(counts, jnp.int32), interpret=True)
+    order, rank = jax.jit(functools.partial(_triton_order.by_count, interpret=True))(jnp.asarray(counts, jnp.int32))
     np.testing.assert_array_equal(order, np.argsort(counts, stable=True))
     np.testing.assert_array_equal(order[rank], np.arange(m))
 
@@ -113,8 +124,7 @@ def test_rows_decide_the_kernel():
 def test_fixed_point_has_the_bits_of_the_reference(case):
     assert triton.unsupported(case.problem) is None
     args = operands(case)
-    product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config, interpret=True))
-    np.testing.assert_array_equal(product(*args), reference.matmul(case.problem, *args))
+    np.testing.assert_array_equal(interpreted(triton.matmul, case)(*args), expected_matmul(case.problem, *args))
 
 
 @pytest.mark.parametrize(
@@ -126,22 +136,22 @@ def test_fixed_point_has_the_bits_of_the_reference(case):
 def test_limb_sums_are_those_of_xla(case):
     """What devices that share k add up; `xla` is compared with the reference in tests of meshes, and of products."""
     x, words, _, bitlayers = operands(case)
-    sums = jax.jit(lambda *a: triton.limb_sums(case.problem, *a, config=case.config, interpret=True))
     args = x, words, bitlayers
-    np.testing.assert_array_equal(sums(*args), xla.limb_sums(case.problem, *args), strict=True)
+    sums = interpreted(triton.limb_sums, case)(*args)
+    np.testing.assert_array_equal(sums, expected_limb_sums(case.problem, *args), strict=True)
 
 
 def test_limb_sums_that_are_too_many_come_in_blocks_of_rows(monkeypatch):
-    case = MANY_ROWS["two_limbs_of_both"]
+    case = Case(m=17, k=140, n=8, bits=9, activation_bits=9, cut=SMALL)
     x, words, _, bitlayers = operands(case)
     sizes = []
     run = _triton_int8.limb_sums
     monkeypatch.setattr(_triton_int8, "limb_sums", lambda p, *a, **options: sizes.append(p.m) or run(p, *a, **options))
     monkeypatch.setattr(triton, "_MAX_SUMS", 4 * 7 * case.n * case.config.parts)
     args = x, words, bitlayers
-    sums = jax.jit(lambda *a: triton.limb_sums(case.problem, *a, config=case.config, interpret=True))(*args)
+    sums = interpreted(triton.limb_sums, case)(*args)
     assert sizes == [7, 7, 3]
-    np.testing.assert_array_equal(sums, xla.limb_sums(case.problem, *args))
+    np.testing.assert_array_equal(sums, expected_limb_sums(case.problem, *args))
 
 
 @pytest.mark.parametrize("groups", [2, 16, 17, 33])
@@ -152,7 +162,7 @@ def test_groups_are_scaled_as_by_xla(groups):
     sums = rng.normal(size=(groups, 5, 70)) * 2.0 ** rng.integers(-30, 30, (groups, 1, 1))
     scale = rng.normal(size=(4, groups, 70))
     args = *(jnp.asarray(a, jnp.float32) for a in (sums, scale)), jnp.arange(1, 6, dtype=jnp.int32)
-    y = jax.jit(lambda *a: triton.scale_groups(problem, *a, interpret=True))(*args)
+    y = cases.jit_once(lambda *a: triton.scale_groups(problem, *a, interpret=True))(*args)
     np.testing.assert_array_equal(y, epilogue.scale_groups(*args, 16), strict=True)
 
 
@@ -166,8 +176,9 @@ def test_groups_are_scaled_as_by_xla(groups):
 def test_all_prefixes_have_the_bits_of_the_reference(case):
     """What lies beyond the limit is not looked at."""
     *args, _ = operands(case)
-    sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, config=case.config, interpret=True))
-    expected = reference.prefixes(case.problem, *args, jnp.int32(case.bits))
+    sweep = interpreted(triton.prefixes, case)
+    counts = jnp.arange(1, case.bits + 1, dtype=jnp.int32)[:, None].repeat(case.m, axis=1)
+    expected = np.stack([expected_matmul(case.problem, *args, each) for each in counts])
     for limit in (0, 1, case.bits - 1, case.bits):
         np.testing.assert_array_equal(sweep(*args, jnp.int32(limit))[:limit], expected[:limit])
 
@@ -179,7 +190,7 @@ def test_largest_sums_do_not_overflow(m):
     x = jnp.full((m, case.k), -128, jnp.int32)
     words = jnp.full((8, case.problem.num_words, 1), 0xFFFFFFFF, jnp.uint32)
     args = (x, words, jnp.ones((4, 1, 1), jnp.float32), jnp.full((m,), 8, jnp.int32))
-    y = jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(*args)
+    y = interpreted(triton.matmul, case)(*args)
     np.testing.assert_array_equal(y, np.float32(-128 * 255 * case.k) * np.float32(2.0 ** -(8 + 8 - 2)))
 
 
@@ -190,21 +201,22 @@ def test_largest_sums_of_a_lower_limb_do_not_overflow():
         [jnp.zeros((8, case.problem.num_words)), jnp.full((8, case.problem.num_words), 2**32 - 1)], axis=2
     )
     args = (x, words.astype(jnp.uint32), jnp.ones((4, 1, 2), jnp.float32), jnp.array([8, 8, 1], jnp.int32))
-    y = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config, interpret=True))(*args)
-    np.testing.assert_array_equal(y, reference.matmul(case.problem, *args))
+    y = interpreted(triton.matmul, case)(*args)
+    np.testing.assert_array_equal(y, expected_matmul(case.problem, *args))
 
 
-@pytest.mark.parametrize("m", [3, 40])
-def test_a_row_does_not_depend_on_others(m):
+def test_a_row_does_not_depend_on_others():
     """Alone, on the other kernel, with other counts beside it: the same bits."""
-    case = Case(m=m, k=140, n=5, bits=6, activation_bits=16)
-    x, words, scale, bitlayers = operands(case)
-    y = jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(x, words, scale, bitlayers)
-    alone = dataclasses.replace(case, m=1)
+    alone = Case(m=1, k=140, n=5, bits=6, activation_bits=16)
     assert isinstance(alone.config, triton.SerialConfig)
-    one = jax.jit(lambda *a: triton.matmul(alone.problem, *a, interpret=True))
-    for row in (0, m - 1):
-        np.testing.assert_array_equal(y[row], one(x[row : row + 1], words, scale, bitlayers[row : row + 1])[0])
+    one = interpreted(triton.matmul, alone)
+    for m in (3, 40):
+        case = dataclasses.replace(alone, m=m)
+        assert isinstance(case.config, triton.Int8Config)
+        x, words, scale, bitlayers = operands(case)
+        y = interpreted(triton.matmul, case)(x, words, scale, bitlayers)
+        for row in (0, m - 1):
+            np.testing.assert_array_equal(y[row], one(x[row : row + 1], words, scale, bitlayers[row : row + 1])[0])
 
 
 FLOAT = {
@@ -233,7 +245,7 @@ def float_operands(case: Case, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
 
 def assert_close(case: Case, y: jax.Array, x: jax.Array, words: jax.Array, scale: jax.Array, bitlayers: jax.Array):
     """Each sum of k terms rounds at most k times and a few more, in whatever order; so does the reference."""
-    expected = reference.matmul(case.problem, x, words, scale, bitlayers)
+    expected = expected_matmul(case.problem, x, words, scale, bitlayers)
     bound = np.abs(np.asarray(x, np.float32)).sum(axis=1)[:, None] * np.abs(scale).max(axis=(0, 1))[None]
     terms = 3 * case.problem.num_words * contract.WORD_BITS + 10 * case.problem.groups  # three parts of an activation
     assert np.all(np.abs(y - expected) <= 2 * oracle.gamma(terms) * bound)
@@ -244,23 +256,24 @@ def assert_close(case: Case, y: jax.Array, x: jax.Array, words: jax.Array, scale
     [(name, jnp.float32) for name in FLOAT]
     + [
         (name, dtype)
-        for name in ("two_code_limbs", "groups_of_a_word", "many_rows_two_code_limbs", "dot_of_xla")
+        for name in ("two_code_limbs", "many_rows_two_code_limbs", "dot_of_xla")  # of each kernel
         for dtype in (jnp.bfloat16, jnp.float16)
-    ],
+    ]
+    + [("groups_of_a_word", jnp.bfloat16)],
 )
 def test_float_activations(case, dtype):
+    """With all counts of bitlayers in one batch, and with one; NaN stays in its row."""
     case = FLOAT[case]
     assert triton.unsupported(case.problem) is None
-    args = float_operands(case, dtype)
-    product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config, interpret=True))
-    assert_close(case, product(*args), *args)
-
-
-def test_very_many_rows_of_one_count():
-    case = FLOAT["dot_of_xla_two_code_limbs"]
-    x, words, scale, _ = float_operands(case, jnp.bfloat16)
-    args = x, words, scale, jnp.full((case.m,), 9, jnp.int32)
-    assert_close(case, jax.jit(lambda *a: triton.matmul(case.problem, *a, interpret=True))(*args), *args)
+    x, words, scale, bitlayers = float_operands(case, dtype)
+    product = interpreted(triton.matmul, case)
+    y = product(x, words, scale, bitlayers)
+    assert_close(case, y, x, words, scale, bitlayers)
+    one_count = jnp.full((case.m,), pl.cdiv(3 * case.bits, 4), jnp.int32)
+    assert_close(case, product(x, words, scale, one_count), x, words, scale, one_count)
+    row = case.m // 2
+    is_nan = np.isnan(product(x.at[row, 2].set(jnp.nan), words, scale, bitlayers))
+    np.testing.assert_array_equal(is_nan, np.repeat(np.arange(case.m)[:, None] == row, case.n, axis=1))
 
 
 @pytest.mark.parametrize(
@@ -270,16 +283,9 @@ def test_all_prefixes_of_float_activations(case):
     case = FLOAT[case]
     limit = case.bits - 2 if case.bits > 3 else case.bits
     x, words, scale, _ = float_operands(case, jnp.float32)
-    sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, interpret=True))(x, words, scale, jnp.int32(limit))
+    sweep = interpreted(triton.prefixes, dataclasses.replace(case, cut=None))(x, words, scale, jnp.int32(limit))
     for i in range(limit):
         assert_close(case, sweep[i], x, words, scale, jnp.full((case.m,), i + 1, jnp.int32))
-
-
-def test_nan_stays_in_its_row():
-    case = FLOAT["two_code_limbs"]
-    x, *rest = float_operands(case, jnp.float32)
-    y = triton.matmul(case.problem, x.at[1, 2].set(jnp.nan), *rest, interpret=True)
-    np.testing.assert_array_equal(np.isnan(y), np.repeat([[False], [True], [False]], case.n, axis=1))
 
 
 def test_unsupported():
