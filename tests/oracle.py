@@ -70,6 +70,13 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.array(words, np.uint32).reshape(bits, -1, n)
 
 
+def pack_at_once(codes: np.ndarray, bits: int) -> np.ndarray:
+    """`pack`, which takes seconds for a million codes."""
+    codes = np.pad(codes.astype(np.int64), ((0, -len(codes) % 32), (0, 0))).reshape(-1, 32, codes.shape[1])
+    shifts = np.arange(bits - 1, -1, -1)[:, None, None, None]
+    return (((codes[None] >> shifts) & 1) << np.arange(32)[None, None, :, None]).sum(2).astype(np.uint32)
+
+
 # Activations.
 
 

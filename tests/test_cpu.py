@@ -40,23 +40,29 @@ CASES = (
 )
 
 
+@functools.cache
+def by_xla(case, sweep=False):
+    """Operands and their product, or sweep, by `xla`: once for all sets of instructions."""
+    given = operands(case)
+    args = given.q, given.words, given.scale, jnp.int32(case.bits) if sweep else given.counts
+    return args, np.asarray(jax.jit(functools.partial(xla.prefixes if sweep else xla.matmul, case.problem))(*args))
+
+
 @pytest.mark.parametrize("instructions", cpu.instructions())
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_large_blocks_are_exact(case, instructions):
     """To the last bit as `xla`, for each set of instructions."""
-    given = operands(case)
-    args = given.q, given.words, given.scale, given.counts
+    args, expected = by_xla(case)
     y = jax.jit(functools.partial(cpu.matmul, case.problem, instructions=instructions))(*args)
-    np.testing.assert_array_equal(y, jax.jit(functools.partial(xla.matmul, case.problem))(*args))
+    np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("instructions", cpu.instructions())
 def test_sweep_of_large_blocks_is_exact(instructions):
     case = Case(bits=8, bitlayers=8, m=2, k=1100, n=1100)
-    given = operands(case)
-    args = given.q, given.words, given.scale, jnp.int32(8)
+    args, expected = by_xla(case, sweep=True)
     y = jax.jit(functools.partial(cpu.prefixes, case.problem, instructions=instructions))(*args)
-    np.testing.assert_array_equal(y, jax.jit(functools.partial(xla.prefixes, case.problem))(*args))
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_rows_of_floats_are_finished_inside():

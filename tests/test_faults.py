@@ -74,6 +74,9 @@ def quantize(weight, **options):
     return pbjax.quantize({"kernel": weight}, BITS, **options)["kernel"]
 
 
+traced_quantize = jax.jit(lambda weight, group_size: quantize(weight, group_size=group_size), static_argnums=1)
+
+
 def product(backend, x, w, **options):
     return np.asarray(pbjax.matmul(x, w, backend=backend, **options))
 
@@ -168,8 +171,7 @@ def bad_traced_weight(backend):
     for bad, group_size in itertools.product((np.nan, -np.inf), (None, 32)):
         weight = WEIGHT.copy()
         weight[40, 1] = bad
-        w = jax.jit(functools.partial(quantize, group_size=group_size))(weight)
-        good = jax.jit(functools.partial(quantize, group_size=group_size))(WEIGHT)
+        w, good = (traced_quantize(each, group_size) for each in (weight, WEIGHT))
         for b, activation_bits in itertools.product((1, BITS), ACTIVATIONS):
             run = functools.partial(product, backend, X, bitlayers=b, activation_bits=activation_bits)
             y = run(w)

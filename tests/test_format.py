@@ -118,6 +118,13 @@ def test_bit_t_of_word_j_of_bitlayer_i(bits, k):
     np.testing.assert_array_equal(unpack(words, k), codes)
 
 
+def test_packed_at_once_is_packed():
+    """The oracle's two ways."""
+    for bits, k in ((5, 40), (16, 33), (1, 1), (9, 64)):
+        codes = oracle.every_code(np.random.default_rng(k), bits, k, 3)
+        np.testing.assert_array_equal(oracle.pack_at_once(codes, bits), oracle.pack(codes, bits), strict=True)
+
+
 @pytest.mark.parametrize("bits", [1, 3, 16])
 def test_one_bit_set(bits):
     """A code with one bit set sets one bit of one word."""

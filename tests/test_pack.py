@@ -43,27 +43,35 @@ def rows(case: Case, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     return (x * jnp.exp2(jnp.arange(case.m, dtype=jnp.float32) % 4 * 37 - 60)[:, None]).astype(dtype)
 
 
+quantize_rows = jax.jit(activations.quantize_rows, static_argnums=1)
+expected_matmul = cases.jit_once(reference.matmul, static_argnums=0)
+
+
 def pack_mosaic(case: Case, x: jax.Array):
-    return jax.jit(lambda x: mosaic.quantize_rows(case.problem, x, interpret=True))(x)
+    return cases.jit_once(lambda x: mosaic.quantize_rows(case.problem, x, interpret=True))(x)
 
 
 def pack_triton(case: Case, x: jax.Array):
-    return jax.jit(lambda x: triton.quantize_rows(case.problem, x, config=case.triton, interpret=True))(x)
+    return cases.jit_once(lambda x: triton.quantize_rows(case.problem, x, config=case.triton, interpret=True))(x)
 
 
 def assert_packed(case: Case, x: jax.Array):
     """The bits of XLA's own packing of XLA's own codes, and what both say of the rows."""
-    codes, unit, finite = activations.quantize_rows(x, case.activation_bits)
-    expected = mosaic._pack(mosaic._plan(case.problem, None, sweep=False), codes)
+    codes, unit, finite = quantize_rows(x, case.activation_bits)
+    cut = triton._triton_serial._cut(case.problem, case.triton)
+    expected, bits = jax.jit(
+        lambda codes: (
+            mosaic._pack(mosaic._plan(case.problem, None, sweep=False), codes),
+            cut.arrange(limbs.pack(triton._pad(case.problem, codes), case.activation_bits)),
+        )
+    )(codes)
     packed, *of_rows = pack_mosaic(case, x)
     jax.tree.map(np.testing.assert_array_equal, packed, expected)
-    np.testing.assert_array_equal(of_rows, (unit, jnp.where(finite, 0.0, jnp.nan)))
+    np.testing.assert_array_equal(of_rows, (unit, np.where(finite, 0.0, np.nan)))
     packed, *of_rows = pack_triton(case, x)
-    np.testing.assert_array_equal(of_rows, (unit, jnp.where(finite, 0.0, jnp.nan)))
+    np.testing.assert_array_equal(of_rows, (unit, np.where(finite, 0.0, np.nan)))
     np.testing.assert_array_equal(packed.row_sums, expected.row_sums)
-    bits = limbs.pack(triton._pad(case.problem, codes), case.activation_bits)
-    cut = triton._triton_serial._cut(case.problem, case.triton)
-    np.testing.assert_array_equal(packed.bits[: case.m], cut.arrange(bits))
+    np.testing.assert_array_equal(packed.bits[: case.m], bits)
     np.testing.assert_array_equal(packed.bits[case.m :], 0)
 
 
@@ -105,14 +113,15 @@ def test_products_take_packed_rows(case):
     words = jnp.asarray(rng.integers(0, 2**32, (case.bits, problem.num_words, case.n), dtype=np.uint32))
     scale = jnp.asarray(rng.normal(size=(4, problem.groups, case.n)), jnp.float32)
     counts = jnp.asarray(case.bits - np.arange(case.m) % case.bits, jnp.int32)
-    codes, *_ = activations.quantize_rows(rows(case), case.activation_bits)
+    codes, *_ = quantize_rows(rows(case), case.activation_bits)
     packed, *_ = pack_triton(case, rows(case))
     options = dict(config=case.triton, interpret=True)
-    y = jax.jit(lambda *a: triton.matmul(problem, *a, **options))(packed, words, scale, counts)
-    np.testing.assert_array_equal(y, reference.matmul(problem, codes, words, scale, counts))
-    limit = jnp.int32(case.bits)
-    y = jax.jit(lambda *a: triton.prefixes(problem, *a, **options))(packed, words, scale, limit)
-    np.testing.assert_array_equal(y, reference.prefixes(problem, codes, words, scale, limit))
+    y = cases.jit_once(lambda *a: triton.matmul(problem, *a, **options))(packed, words, scale, counts)
+    np.testing.assert_array_equal(y, expected_matmul(problem, codes, words, scale, counts))
+    y = cases.jit_once(lambda *a: triton.prefixes(problem, *a, **options))(packed, words, scale, jnp.int32(case.bits))
+    for b in range(1, case.bits + 1):
+        of_b = expected_matmul(problem, codes, words, scale, jnp.full((case.m,), b, jnp.int32))
+        np.testing.assert_array_equal(y[b - 1], of_b)
 
 
 @pytest.mark.parametrize("group_size", [None, 64])
@@ -125,7 +134,7 @@ def test_products_finish_their_rows(group_size):
     packed, unit, poison = pack_triton(case, rows(case).at[2, 7].set(jnp.inf))
     last = jnp.full((case.m,), case.bits, jnp.int32), jnp.int32(case.bits)
     for run, bitlayers in zip((triton.matmul, triton.prefixes), last, strict=True):
-        product = jax.jit(functools.partial(run, problem, config=case.triton, interpret=True))
+        product = cases.jit_once(functools.partial(run, problem, config=case.triton, interpret=True))
         y = product(packed, words, scale, bitlayers)
         finished = product(packed._replace(steps=(unit, poison)), words, scale, bitlayers)
         np.testing.assert_array_equal(finished, np.asarray(y) * np.asarray(unit)[:, None] + np.asarray(poison)[:, None])
@@ -145,11 +154,11 @@ def test_limbs_are_those_of_xla(case):
     """Many rows, also where a program has several blocks of words."""
     assert isinstance(triton.config_for(case.problem), triton.Int8Config)
     x = rows(case).at[3, 5].set(jnp.nan)
-    codes, unit, finite = activations.quantize_rows(x, case.activation_bits)
+    codes, unit, finite = quantize_rows(x, case.activation_bits)
     expected = _int8_operands.prepare(case.problem, triton._pad(case.problem, codes))
     packed, *of_rows = jax.jit(lambda x: triton.quantize_rows(case.problem, x, interpret=True))(x)
     jax.tree.map(np.testing.assert_array_equal, packed, expected)
-    np.testing.assert_array_equal(of_rows, (unit, jnp.where(finite, 0.0, jnp.nan)))
+    np.testing.assert_array_equal(of_rows, (unit, np.where(finite, 0.0, np.nan)))
 
 
 @pytest.mark.parametrize("cut", [{"parts": None}, {"block_rows": 16}], ids=str)
@@ -164,7 +173,7 @@ def test_products_of_many_rows_finish_them(cut):
         rows(case).at[2, 7].set(jnp.inf)
     )
     for run, bitlayers in zip((triton.matmul, triton.prefixes), counts, strict=True):
-        product = jax.jit(functools.partial(run, problem, config=config, interpret=True))
+        product = cases.jit_once(functools.partial(run, problem, config=config, interpret=True))
         y = product(packed, words, scale, bitlayers)
         finished = product(packed._replace(steps=(unit, poison)), words, scale, bitlayers)
         np.testing.assert_array_equal(finished, np.asarray(y) * np.asarray(unit)[:, None] + np.asarray(poison)[:, None])

@@ -83,7 +83,8 @@ each_backend = backends(_backends.BACKENDS)
 def compiled(backend, problem):
     if reason := _backends.BACKENDS[backend].unsupported(problem):
         pytest.skip(f"{backend}: {reason}")
-    return jax.jit(functools.partial(_backends.BACKENDS[backend].matmul, problem))
+    jit = cases.jit_once if backend == "reference" else jax.jit
+    return jit(functools.partial(_backends.BACKENDS[backend].matmul, problem))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Operands:
         return np.asarray(compiled(backend, problem)(self.q, self.words, scale, self.counts))
 
 
+@functools.cache
 def operands(case, seed=0):
     rng = np.random.default_rng([seed, case.k, case.n, case.m])
     codes = oracle.every_code(rng, case.bits, case.k, case.n)
@@ -107,7 +109,7 @@ def operands(case, seed=0):
     return Operands(
         q=oracle.activation_codes(rng, case.activation_bits or 16, case.m, case.k),
         codes=codes,
-        words=oracle.garbage_past_k(rng, oracle.pack(codes, case.bits), case.k),
+        words=oracle.garbage_past_k(rng, oracle.pack_at_once(codes, case.bits), case.k),
         counts=counts.astype(np.int32),
         scale=rng.uniform(0.5, 2, shape).astype(np.float32),
         exact_scale=(2.0 ** rng.integers(-2, 3, shape)).astype(np.float32),
@@ -325,7 +327,7 @@ def bit_tensor(k, n, bits, group_size=None, activation_bits=16, dtype=jnp.float3
     codes = oracle.every_code(rng, bits, k, n)
     groups = len(oracle.group_slices(k, group_size))
     return pbjax.BitTensor(
-        words=jnp.asarray(oracle.garbage_past_k(rng, oracle.pack(codes, bits), k)),
+        words=jnp.asarray(oracle.garbage_past_k(rng, oracle.pack_at_once(codes, bits), k)),
         scale=jnp.asarray(rng.uniform(0.5, 2, (min(bits, 4), groups, n)), jnp.float32),
         bitlayers=jnp.int32(bits),
         packed_shape=(k, n),

@@ -208,16 +208,6 @@ def test_pure(group_size):
         jax.tree.map(np.testing.assert_array_equal, other, stacked)
 
 
-def test_blocks_of_channels_give_the_same_bits(monkeypatch):
-    weight = normal(70, 50)
-    whole = pbjax.quantize({"kernel": weight}, 8, group_size=32)
-    jax.clear_caches()
-    monkeypatch.setattr(pbjax._format, "_BLOCK_ELEMENTS", 70 * 16)
-    blocks = pbjax.quantize({"kernel": weight}, 8, group_size=32)
-    jax.clear_caches()
-    jax.tree.map(np.testing.assert_array_equal, whole, blocks)
-
-
 def test_eval_shape():
     shapes = jax.eval_shape(lambda tree: pbjax.quantize(tree, 8), PARAMS)
     expected = pbjax.quantize(PARAMS, 8)
@@ -229,7 +219,7 @@ def test_eval_shape():
 # Fewer bitlayers.
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("bits", [1, 3, 4, 7])
 def test_truncated_equals_quantized_to_fewer_bits(bits):
     """The nesting law on trees: also what `with_bitlayers` uses is that prefix."""
     tree = pbjax.quantize(PARAMS, 8, group_size=32)

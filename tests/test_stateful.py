@@ -165,7 +165,7 @@ class Trees(stateful.RuleBasedStateMachine):
             np.testing.assert_array_equal(tensor.bitlayers, model.counts)
             words, scale = np.asarray(tensor.words), np.asarray(tensor.scale)
             for index in np.ndindex(model.counts.shape):
-                np.testing.assert_array_equal(words[index], packed(model.codes[index], model.bits))
+                np.testing.assert_array_equal(words[index], oracle.pack_at_once(model.codes[index], model.bits))
                 for row in range(min(model.bits, 4)):
                     np.testing.assert_allclose(scale[index][row], model.scale(index, row + 1), rtol=1e-5)
 
@@ -185,18 +185,6 @@ class Trees(stateful.RuleBasedStateMachine):
             step = np.abs(X).max(1, keepdims=True) / 2**15
             bound = step * np.abs(expected).sum(0) + 2e-5 * (np.abs(X) @ np.abs(expected))
             assert np.all(np.abs(y[index] - X.astype(np.float64) @ expected) <= bound)
-
-
-def packed(codes, bits):
-    """`oracle.pack`, of all at once: bit t of word j of bitlayer i is bit bits - 1 - i of the code at 32 * j + t."""
-    codes = np.pad(codes, ((0, -len(codes) % 32), (0, 0))).reshape(-1, 32, codes.shape[1])
-    shifts = np.arange(bits - 1, -1, -1)[:, None, None, None]
-    return (((codes[None] >> shifts) & 1) << np.arange(32)[None, None, :, None]).sum(2).astype(np.uint32)
-
-
-def test_packed_is_the_definition():
-    codes = oracle.every_code(np.random.default_rng(0), 5, K, N)
-    np.testing.assert_array_equal(packed(codes, 5), oracle.pack(codes, 5))
 
 
 TestTrees = Trees.TestCase

@@ -14,7 +14,7 @@ from jax import lax
 
 import pbjax
 from pbjax import _backends
-from tests import oracle
+from tests import cases, oracle
 
 BITS, K, N = 6, 70, 3
 
@@ -65,7 +65,7 @@ def passes(monkeypatch):
 
     def count(fn, *args):
         with pbjax.use_backend("counted"):
-            y = jax.jit(fn)(*args)
+            y = cases.jit_once(fn)(*args)
         jax.effects_barrier()
         counts = done[:]
         done.clear()
