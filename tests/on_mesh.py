@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 import pbjax
 from pallas_kernels.bit_matmul import triton
 from pbjax import _backends
-from tests import test_stateful
+from tests import cases, test_stateful
 
 BITS, K, N = 6, 512, 64
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
@@ -58,9 +58,9 @@ def cut(mesh, w, k_axes, n_axes):
     )
 
 
-def collectives(fn, *args):
+def collectives(fn, *args, jit=jax.jit):
     """The result, and how often which collective is in the compiled program."""
-    compiled = jax.jit(fn).lower(*args).compile()
+    compiled = jit(fn).lower(*args).compile()
     counts = collections.Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text()))
     return compiled(*args), dict(counts)
 
@@ -87,6 +87,8 @@ CUTS = {
 def products(axis_type):
     """Every cut, with few and many rows, with and without groups: the bits of one device, and few collectives."""
     mesh = make_mesh(axis_type)
+    product = lambda x, w, b: pbjax.matmul(x, w, bitlayers=b)  # noqa: E731
+    on_one_device = jax.jit(product)
     for (name, cuts), (group_size, activation_bits) in itertools.product(
         CUTS.items(), ((None, 16), (64, 16), (64, None))
     ):
@@ -98,8 +100,7 @@ def products(axis_type):
         m = 2 if group_size and activation_bits else 40
         w, x = weight(group_size, activation_bits), normal(m, K, seed=1)
         counts = np.arange(m, dtype=np.int32) % BITS + 1
-        product = lambda x, w, b: pbjax.matmul(x, w, bitlayers=b)  # noqa: E731
-        one = jax.jit(product)(x, w, counts)
+        one = on_one_device(x, w, counts)
         args = put(mesh, x, P(rows, k_of_x)), cut(mesh, w, k_axes, n_axes), put(mesh, counts, P(rows))
         y, found = collectives(product, *args)
         if activation_bits is None:  # a float sum in another order
@@ -128,23 +129,25 @@ def transforms():
     """`vmap` over x, over bitlayers and over both, gradients, and `scan` over layers, on words cut over k or n."""
     mesh = make_mesh()
     x, g, every = normal(BITS, K, seed=1), normal(BITS, N, seed=2), jnp.arange(1, BITS + 1)
+    functions = {
+        "sweep": lambda x, w: jax.vmap(lambda b: pbjax.matmul(x, w, bitlayers=b))(every),
+        "both": lambda x, w: jax.vmap(lambda x, b: pbjax.matmul(x, w, bitlayers=b))(x, every),
+    }
+
+    @jax.jit
+    def gradients(x, w):
+        return jax.vjp(lambda x, s: pbjax.matmul(x, w.replace(scale=s)), x, w.scale)[1](g)
+
     for group_size, (k_axes, n_axes) in ((None, ("b", None)), (64, (None, "b")), (64, ("a", "b"))):
         w = weight(group_size)
-        functions = {
-            "sweep": lambda x, w: jax.vmap(lambda b: pbjax.matmul(x, w, bitlayers=b))(every),
-            "both": lambda x, w: jax.vmap(lambda x, b: pbjax.matmul(x, w, bitlayers=b))(x, every),
-        }
         for name, fn in functions.items():
             one = jax.jit(fn)(x, w)
             y, found = collectives(fn, put(mesh, x, P()), cut(mesh, w, k_axes, n_axes))
             np.testing.assert_array_equal(y, one, err_msg=str((name, group_size, k_axes)))
             assert found == ({"all-reduce": 1} if k_axes else {}), (name, found)
 
-        def gradients(x, w):
-            return jax.vjp(lambda x, s: pbjax.matmul(x, w.replace(scale=s)), x, w.scale)[1](g)
-
-        one = jax.jit(gradients)(x, w)
-        got = jax.jit(gradients)(put(mesh, x, P()), cut(mesh, w, k_axes, n_axes))
+        one = gradients(x, w)
+        got = gradients(put(mesh, x, P()), cut(mesh, w, k_axes, n_axes))
         for value, reference in zip(got, one, strict=True):
             np.testing.assert_allclose(value, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
 
@@ -176,13 +179,17 @@ def interpreted(name, module, ran):
 
 
 def kernels():
-    """Devices that share k run the kernels of the backend that was named, for the bits of one device."""
+    """Devices that share k run the kernels of the backend that was named, for the bits of one device.
+
+    The oracle has these bits: tests/test_triton.py compares them on one.
+    """
     ran = set()
     _backends.BACKENDS["triton"] = interpreted("triton", triton, ran)
-    mesh, every = make_mesh(), jnp.arange(1, BITS + 1)
+    mesh, every, k = make_mesh(), jnp.arange(1, BITS + 1), 256
     matmul = functools.partial(pbjax.matmul, backend="triton")
+    expected = jax.jit(lambda x, w, b: pbjax.matmul(x, w, bitlayers=b, backend="reference"))
     for group_size, m, activation_bits in ((None, 40, 8), (64, 3, 8)):
-        w, x, counts = weight(group_size, activation_bits), normal(m, K, seed=1), np.arange(m) % BITS + 1
+        w, x, counts = weight(group_size, activation_bits, k), normal(m, k, seed=1), np.arange(m) % BITS + 1
         scale = P(None, "b" if group_size else None)
         specs = P(None, "b"), w.replace(words=P(None, "b"), scale=scale, bitlayers=P()), P()
         parts = lambda x, w, b: matmul(x, w, bitlayers=b, axis_name="b")  # noqa: E731
@@ -192,9 +199,11 @@ def kernels():
             "parts": jax.shard_map(parts, mesh=mesh, in_specs=specs, out_specs=P()),
         }
         for name, product in products.items() if group_size else [("product", products["product"])]:
-            one = jax.jit(products["sweep" if name == "sweep" else "product"])(x, w, counts)
+            sweep = name == "sweep"
+            one = np.stack([expected(x, w, count) for count in every]) if sweep else expected(x, w, counts)
             ran.clear()
-            y, found = collectives(product, put(mesh, x, P()), cut(mesh, w, "b", None), put(mesh, counts, P()))
+            args = put(mesh, x, P()), cut(mesh, w, "b", None), put(mesh, counts, P())
+            y, found = collectives(product, *args, jit=cases.jit_once)
             np.testing.assert_array_equal(y, one, err_msg=str((name, group_size, m)))
             assert ran == ({"limb_sums", "scale_groups"} if group_size else {"limb_sums"}), (name, ran)
             assert found == {"all-reduce": 1 + (name == "parts")}, (name, found)
@@ -212,7 +221,7 @@ def shard_map():
             local = functools.partial(pbjax.matmul, axis_name=k_axes)
             scale = P(None, k_axes if group_size else None, n_axes)
             specs = P(None, k_axes), w.replace(words=P(None, k_axes, n_axes), scale=scale, bitlayers=P())
-            for check_vma in (True, False) if k_axes == "b" else (True,):
+            for check_vma in (True, False) if k_axes == "b" and activation_bits else (True,):
                 fn = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, n_axes), check_vma=check_vma)
                 y, found = collectives(fn, x, w)
                 if activation_bits is None:  # a float sum in another order
@@ -259,7 +268,7 @@ def quantize():
     """A sharded weight is packed where it lies, to the bits of one device; no float weight travels."""
     stack = normal(4, 256, 8, 16)
     kernel = normal(K, N)
-    cases = [
+    layouts = [
         (kernel, (), P(None, "b"), P(None, None, "b"), P(None, None, "b")),
         (kernel, (), P("b"), P(None, "b", None), P(None, "b", None)),
         (kernel, (), P("a", "b"), P(None, "a", "b"), P(None, "a", "b")),
@@ -267,9 +276,10 @@ def quantize():
         (stack, (0,), P("a", "b"), P("a", None, "b", None), P("a", None, "b", None)),
         (stack, (0,), P(None, "b", "a"), P(None, None, "b", "a"), P(None, None, "b", "a")),
     ]
-    for axis_type, group_size, (value, axes, spec, words, scale) in itertools.product(
-        (AxisType.Auto, AxisType.Explicit), (None, 32), cases
-    ):
+    combinations = [(AxisType.Auto, group_size, layout) for group_size in (None, 32) for layout in layouts]
+    # Explicit axes serve as well for words as for scales, with groups or without: each layout with one of the two.
+    combinations += [(AxisType.Explicit, (None, 32)[i % 2], layout) for i, layout in enumerate(layouts)]
+    for axis_type, group_size, (value, axes, spec, words, scale) in combinations:
         mesh = make_mesh(axis_type)
         rules = {"kernel": pbjax.Spec(stack=axes, contract=(len(axes),), group_size=group_size)}
         one = pbjax.quantize({"kernel": value}, 5, rules=rules)["kernel"]

@@ -13,6 +13,7 @@ from jax import lax
 
 import pbjax
 from pbjax import _conv
+from tests import cases
 
 KEY = jax.random.key(0)
 
@@ -55,13 +56,13 @@ def assert_close(actual, expected, relative):
 def test_equals_the_convolution_with_the_dequantized_kernel(name, activation_bits):
     layer, shape = LAYERS[name]
     x = jax.random.normal(KEY, shape)
-    variables = layer.init(KEY, x)
+    variables = cases.jit_once(layer.init)(KEY, x)
     qvariables = pbjax.quantize(variables, 8, fn=layer.apply, args=(x,), activation_bits=activation_bits)
     qvariables = pbjax.with_bitlayers(qvariables, 5)
     # Warnings are errors: nothing is dequantized.
-    actual, expected = jax.jit(lambda q, x: (pbjax.quantized(layer.apply)(q, x), layer.apply(pbjax.dequantize(q), x)))(
-        qvariables, x
-    )
+    actual, expected = cases.jit_once(
+        lambda q, x: (pbjax.quantized(layer.apply)(q, x), layer.apply(pbjax.dequantize(q), x))
+    )(qvariables, x)
     # At most 160 products of float32, or of activations with 2**-23 of the largest: their roundings add up.
     assert_close(actual, expected, 160 * 2**-23)
 

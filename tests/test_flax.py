@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import pbjax
+from tests import cases
 from tests.flax_layers import IMAGE, KEY, LINEN, NNX, TOKENS, X, assert_same, call, rules_of, tensors_of
 
 PAIRS = [
@@ -28,12 +29,12 @@ pytestmark = pytest.mark.usefixtures("reference_backend")
 @pytest.mark.parametrize(("name", "arguments", "args"), LINEN)
 def test_linen_layer(name, arguments, args):
     layer, flax_layer = getattr(pbjax.linen, name)(**arguments), getattr(nn, name)(**arguments)
-    variables = jax.jit(layer.init)(KEY, *args)
+    variables = cases.jit_once(layer.init)(KEY, *args)
     expected = jax.eval_shape(flax_layer.init, KEY, *args)
     assert jax.tree.structure(variables) == jax.tree.structure(expected)
     qvariables = pbjax.quantize(variables, 8, fn=flax_layer.apply, args=args, rules=rules_of(name))
     prefix = pbjax.with_bitlayers(qvariables, 3)
-    ours, flaxs, float_ours, float_flaxs = jax.jit(
+    ours, flaxs, float_ours, float_flaxs = cases.jit_once(
         lambda q, v, *args: (
             layer.apply(q, *args),
             pbjax.quantized(flax_layer.apply)(q, *args),
@@ -86,7 +87,7 @@ def test_linen_cells_under_rnn(cell, kind):
     variables = model(nn).init(KEY, X)
     assert jax.tree.structure(variables) == jax.tree.structure(model(pbjax.linen).init(KEY, X))
     qvariables = pbjax.quantize(variables, 8)
-    ours, flaxs = jax.jit(lambda q: (model(pbjax.linen).apply(q, X), pbjax.quantized(model(nn).apply)(q, X)))(
+    ours, flaxs = cases.jit_once(lambda q: (model(pbjax.linen).apply(q, X), pbjax.quantized(model(nn).apply)(q, X)))(
         qvariables
     )
     assert_same(ours, flaxs)

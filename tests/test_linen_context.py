@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 import pbjax
+from tests import cases
 from tests.flax_layers import KEY, TOKENS, X, assert_same, rules_of, tensors_of
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -117,11 +118,11 @@ class TestLinenLayerIsFlaxsUnderQuantized:
             )
             return NotAlone(layer) if inside else layer
 
-        variables = model(nn).init({"params": KEY, "dropout": KEY}, X)
+        variables = cases.jit_once(model(nn).init)({"params": KEY, "dropout": KEY}, X)
         rngs = {"params": KEY, "dropout": make_key(1)}
         apply = functools.partial(model(nn).apply, rngs=rngs)
         qvariables = pbjax.quantize(variables, 8, fn=apply, args=(X,))
-        ours, flaxs, others = jax.jit(
+        ours, flaxs, others = cases.jit_once(
             lambda q: (
                 model(pbjax.linen).apply(q, X, rngs=rngs),
                 pbjax.quantized(apply)(q, X),
@@ -135,18 +136,21 @@ class TestLinenLayerIsFlaxsUnderQuantized:
     def test_dropout_under_lifted_transforms(self, transform):
         ours, flaxs = (InALoop(library.MultiHeadAttention, transform) for library in (pbjax.linen, nn))
         rngs = {"dropout": KEY}
-        variables = flaxs.init({"params": KEY, **rngs}, X)
-        assert_same(variables, ours.init({"params": KEY, **rngs}, X))
+        variables, ours_too = cases.jit_once(lambda keys: (flaxs.init(keys, X), ours.init(keys, X)))(
+            {"params": KEY, **rngs}
+        )
+        assert_same(variables, ours_too)
         float_apply = functools.partial(flaxs.apply, rngs=rngs)
         qvariables = pbjax.quantize(variables, 8, fn=float_apply, args=(X,), activation_bits=24)
         assert len(tensors_of(qvariables)) == 4
-        y = jax.jit(functools.partial(ours.apply, rngs=rngs))(qvariables, X)
-        expected = jax.jit(pbjax.quantized(float_apply))(qvariables, X)
+        y = cases.jit_once(functools.partial(ours.apply, rngs=rngs))(qvariables, X)
+        expected = cases.jit_once(pbjax.quantized(float_apply))(qvariables, X)
         if transform == "vmap":  # one product of three layers, or three products
             np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
         else:
             np.testing.assert_array_equal(y, expected)
-        np.testing.assert_allclose(y, float_apply(pbjax.dequantize(qvariables), X), rtol=1e-3, atol=1e-4)
+        on_floats = cases.jit_once(float_apply)(pbjax.dequantize(qvariables), X)
+        np.testing.assert_allclose(y, on_floats, rtol=1e-3, atol=1e-4)
 
     def test_intermediates_of_submodules_are_captured(self):
         layer, flax_layer = (library.MultiHeadAttention(num_heads=4) for library in (pbjax.linen, nn))
