@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -33,7 +34,8 @@ def allocate(fn=APART, qparams=QPARAMS, batch=X, **kwargs):
     return pbjax.allocate(fn, qparams, batch, progress=False, **kwargs)
 
 
-def all_allocations():
+@functools.cache  # and not where tests are collected, in every process
+def every_allocation():
     """Each of the 216: bitlayers, bytes, bitlayers per weight, and the error, written out."""
     full = {name: np.asarray(pbjax.matmul(X, QPARAMS[name]), np.float64) for name in SHAPES}
     square = sum((y**2).sum() for y in full.values())
@@ -43,13 +45,12 @@ def all_allocations():
         errors[name, b] = ((y - full[name]) ** 2).sum() / square
         sizes[name, b] = pbjax.truncate(QPARAMS[name], b).nbytes
     weights = {name: shape[0] * shape[1] for name, shape in SHAPES.items()}
+    found = []
     for numbers in itertools.product(range(1, BITS + 1), repeat=3):
         chosen = list(zip(SHAPES, numbers, strict=True))
         average = sum(weights[name] * b for name, b in chosen) / sum(weights.values())
-        yield numbers, sum(sizes[one] for one in chosen), average, sum(errors[one] for one in chosen)
-
-
-EVERY = list(all_allocations())
+        found.append((numbers, sum(sizes[one] for one in chosen), average, sum(errors[one] for one in chosen)))
+    return found
 
 
 def numbers_of(allocation):

@@ -20,13 +20,13 @@ from tests import models
 from tests.allocations import (
     APART,
     BITS,
-    EVERY,
     KEY,
     PARAMS,
     QPARAMS,
     SHAPES,
     X,
     allocate,
+    every_allocation,
     numbers_of,
     run_module,
     tensors_of,
@@ -38,24 +38,24 @@ class TestBestOfAll:
 
     @pytest.mark.parametrize("b", range(1, BITS + 1))
     def test_budget_of_a_uniform_number(self, b):
-        (uniform,) = [one for one in EVERY if one[0] == (b,) * 3]
+        (uniform,) = [one for one in every_allocation() if one[0] == (b,) * 3]
         allocation = allocate(budget=uniform[1])
         assert allocation.nbytes <= uniform[1]
-        best = min(error for _, size, _, error in EVERY if size <= uniform[1])
+        best = min(error for _, size, _, error in every_allocation() if size <= uniform[1])
         np.testing.assert_allclose(allocation.measured_error, best, rtol=1e-4, atol=1e-12)
         np.testing.assert_allclose(allocation.predicted_error, best, rtol=1e-4, atol=1e-12)
         if 1 < b < BITS:
             assert allocation.measured_error < uniform[3] / 2
-        (size,) = [size for numbers, size, _, _ in EVERY if numbers == numbers_of(allocation)]
+        (size,) = [size for numbers, size, _, _ in every_allocation() if numbers == numbers_of(allocation)]
         assert allocation.nbytes == size
         assert [(row.bitlayers, row.nbytes) for row in allocation.uniform] == [
-            (numbers[0], size) for numbers, size, _, _ in EVERY if len(set(numbers)) == 1
+            (numbers[0], size) for numbers, size, _, _ in every_allocation() if len(set(numbers)) == 1
         ]
 
     @pytest.mark.parametrize("average", [1, 2.7, 3.5, 6])
     def test_average(self, average):
         allocation = allocate(average=average)
-        best = min(error for _, _, mean, error in EVERY if mean <= average + 1e-9)
+        best = min(error for _, _, mean, error in every_allocation() if mean <= average + 1e-9)
         np.testing.assert_allclose(allocation.measured_error, best, rtol=1e-4, atol=1e-12)
         assert allocation.average <= average + 1e-9
 
@@ -63,17 +63,17 @@ class TestBestOfAll:
     def test_tolerance(self, tolerance):
         allocation = allocate(tolerance=tolerance)
         assert allocation.measured_error <= tolerance
-        assert allocation.nbytes == min(size for _, size, _, error in EVERY if error <= tolerance)
+        assert allocation.nbytes == min(size for _, size, _, error in every_allocation() if error <= tolerance)
 
     def test_numbers_to_choose_from(self):
         allocation = allocate(average=4, bitlayers=[5, 2, 6])
-        within = [one for one in EVERY if set(one[0]) <= {2, 5, 6} and one[2] <= 4]
+        within = [one for one in every_allocation() if set(one[0]) <= {2, 5, 6} and one[2] <= 4]
         np.testing.assert_allclose(allocation.measured_error, min(one[3] for one in within), rtol=1e-4)
         assert [row.bitlayers for row in allocation.uniform] == [2, 5, 6]
         assert set(allocation.rows[0].errors) == {2, 5, 6}
 
     def test_more_budget_is_never_worse(self):
-        sizes = np.linspace(EVERY[0][1], EVERY[-1][1], 12)
+        sizes = np.linspace(every_allocation()[0][1], every_allocation()[-1][1], 12)
         errors = [allocate(budget=size).predicted_error for size in sizes]
         assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
 

@@ -17,12 +17,12 @@ from tests import models
 from tests.allocations import (
     APART,
     BITS,
-    EVERY,
     PARAMS,
     QPARAMS,
     SHAPES,
     X,
     allocate,
+    every_allocation,
     numbers_of,
     run_module,
     tensors_of,
@@ -45,7 +45,7 @@ class TestCost:
     @pytest.mark.parametrize("budget", [13, 30, 39, 57, 75])
     def test_budget(self, budget, cost):
         allocation = allocate(budget=budget, cost=cost)
-        best = min(error for numbers, _, _, error in EVERY if total_cost(numbers) <= budget)
+        best = min(error for numbers, _, _, error in every_allocation() if total_cost(numbers) <= budget)
         np.testing.assert_allclose(allocation.measured_error, best, rtol=1e-4, atol=1e-12)
         assert allocation.cost == total_cost(numbers_of(allocation)) <= budget
         assert allocation.cost_unit == "cost"
@@ -55,7 +55,9 @@ class TestCost:
     def test_tolerance(self, tolerance):
         allocation = allocate(tolerance=tolerance, cost=COSTS)
         assert allocation.measured_error <= tolerance
-        assert allocation.cost == min(total_cost(numbers) for numbers, _, _, error in EVERY if error <= tolerance)
+        assert allocation.cost == min(
+            total_cost(numbers) for numbers, _, _, error in every_allocation() if error <= tolerance
+        )
 
     @pytest.mark.parametrize(
         "same",
