@@ -318,6 +318,7 @@ def test_paper(tmp_path, monkeypatch, capsys):
 
     train = paper.digits.train
     monkeypatch.setattr(paper.digits, "train", None)  # not called: the weights are there
+    monkeypatch.setattr(paper, "ACTIVATION_BITS", (16,))  # enough to see them
     digits = paper.main([*options, "--tasks", "digits", "--output", str(tmp_path / "digits.png")])
     assert digits[0].quality == rows[0].quality
 
