@@ -22,7 +22,7 @@ _TARGET = "pbjax_bit_matmul"
 _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)  # row types that the library reads
 
 # Those that were measured against backend `xla`, and faster (examples/benchmarks/results/cpu.csv).
-_FAST = ("avx512",)
+_FAST = ("avx512_amx", "avx512")
 
 
 def missing(platform: str) -> str | None:
