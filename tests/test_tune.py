@@ -198,6 +198,30 @@ def test_entry_of_another_version(folder):
         tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "must hold JSON, but got"),
+        (b"\xff", "must hold JSON, but got"),
+        (b"[1]", f"must be of version {tuned.VERSION}, but got None"),
+        (b'{"version": %d}' % tuned.VERSION, "must have a mapping of entries, but got None"),
+        (b'{"version": %d, "entries": [1]}' % tuned.VERSION, r"must have a mapping of entries, but got \[1\]"),
+    ],
+)
+def test_damaged_file(folder, text, message):
+    path = folder / "nvidia_test_100_80gb.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"`{re.escape(str(path))}` {message}.*Delete .*, and tune again"):
+        tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
+
+
+@pytest.mark.parametrize("value", ["128", 0, -1, 2.0, None, True])
+def test_damaged_entry(folder, value):
+    tuned.store("triton", PROBLEM, "serial", dataclasses.replace(SERIAL, block_n=value), kind=KIND, facts={})
+    with pytest.raises(ValueError, match="must hold configurations of this version, but got"):
+        tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
+
+
 def test_file_of_another_version(folder):
     path = folder / "nvidia_test_100_80gb.json"
     path.write_text(json.dumps({tuned.key("triton", PROBLEM): {"kernel": "serial", "config": {}}}))

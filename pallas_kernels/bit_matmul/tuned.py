@@ -1,4 +1,4 @@
-"""Launch parameters that were measured: files of JSON, one for each kind of device, {"version": 2, "entries": {..}}.
+"""Launch parameters that were measured: files of JSON, one for each kind of device, {"version": 3, "entries": {..}}.
 
 An entry is found by what its choice depends on: backend, static facts of the product, rows rounded up to a power of
 two, the dtype of float activations, of which a product takes one to three parts, and whether it is a sweep over all
@@ -87,13 +87,22 @@ def find(
         if entry is None:
             continue
         try:
-            return configs[entry["kernel"]](**entry["config"])
+            return _checked(configs[entry["kernel"]](**entry["config"]))
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"`{path}` must hold configurations of this version, but got {entry} for {problem}. "
                 "Delete the file, or tune again."
             ) from error
     return None
+
+
+def _checked(config: Config) -> Config:
+    """Raises TypeError unless all fields are positive integers, or None where that is one of their values."""
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType] every configuration is a dataclass
+        value = getattr(config, field.name)
+        if not (type(value) is int and value > 0) and not (value is None and "None" in str(field.type)):
+            raise TypeError(f"{field.name}={value!r}")
+    return config
 
 
 def store(
@@ -167,9 +176,14 @@ def _read(path: pathlib.Path) -> Mapping[str, Any]:
         return {}
     try:
         stored = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"`{path}` must hold JSON, but got {error}. Delete the file, and tune again.") from error
-    version = stored.get("version", 1)
+    version = stored.get("version", 1) if isinstance(stored, dict) else None
     if version != VERSION:
         raise ValueError(f"`{path}` must be of version {VERSION}, but got {version}. Delete the file, and tune again.")
-    return stored["entries"]
+    entries = stored.get("entries")
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"`{path}` must have a mapping of entries, but got {entries!r}. Delete the file, and tune again."
+        )
+    return entries
