@@ -547,6 +547,16 @@ class TestCommand:
         assert tune.main(self.OPTIONS) == 2
         assert capsys.readouterr().err == "tune needs an NVIDIA GPU that JAX can use, and found none.\n"
 
+    def test_needs_a_file_that_it_can_store_in(self, capsys, folder, monkeypatch):
+        path = folder / "nvidia_test_100_80gb.json"
+        path.write_text("{")
+        never = dict(kind=KIND, run=lambda job: pytest.fail("timed"))
+        assert tune.main(self.OPTIONS, **never) == 2
+        assert f"tune cannot store what it would measure: `{path}` must hold JSON" in capsys.readouterr().err
+        monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(path))  # a file, where a folder has to be
+        assert tune.main(self.OPTIONS, **never) == 2
+        assert "File exists" in capsys.readouterr().err
+
     def test_refuses_a_size(self, capsys):
         with pytest.raises(SystemExit):
             tune.main(["--size", "4096"])

@@ -23,6 +23,7 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -150,6 +151,16 @@ def store(
         unfinished.unlink(missing_ok=True)
     _read.cache_clear()
     return path
+
+
+def check_storable(kind: str) -> None:
+    """Raises OSError or ValueError unless the user's file of a device can be written, and read before that."""
+    path = path_for(user_folder(), kind)
+    _read.cache_clear()
+    _read(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def path_for(folder: pathlib.Path, kind: str) -> pathlib.Path:
