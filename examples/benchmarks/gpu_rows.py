@@ -183,16 +183,13 @@ def read(path: Path, cls: type[R]) -> list[R]:
             f"`{path}` must have the columns {', '.join(kinds)}, but got {lines.fieldnames}. "
             "Choose another --output, or leave out --resume."
         )
-    rows = []
     try:
-        for line in lines:
-            rows.append(cls(**{name: value(name, text) for name, text in line.items()}))
+        return [cls(**{name: value(name, text) for name, text in line.items()}) for line in lines]
     except (csv.Error, KeyError, TypeError, ValueError) as error:  # cells that are missing, too many, or no numbers
         raise ValueError(
             f"`{path}` must have a {cls.__name__} in each line, but line {lines.line_num} is damaged. "
             "Remove the line, choose another --output, or leave out --resume."
         ) from error
-    return rows
 
 
 def append(path: Path, rows: Sequence[Facts], cls: type[Facts]) -> None:
