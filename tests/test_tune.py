@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import time
@@ -156,6 +157,22 @@ def test_entries_are_kept_beside_each_other_and_replaced():
     tuned.store("triton", PROBLEM, "serial", two, kind=KIND, facts={})
     assert tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND) == two
     assert tuned.find("triton", other, triton.CONFIGS, kind=KIND) == one
+
+
+def test_processes_that_store_at_once_lose_nothing(folder):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=store_many, args=(n,)) for n in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    (path,) = folder.iterdir()
+    assert len(json.loads(path.read_text())["entries"]) == 2 * 30
+
+
+def store_many(n):
+    for k in range(1, 31):
+        tuned.store("triton", dataclasses.replace(PROBLEM, n=n, k=k), "serial", SERIAL, kind=KIND, facts={})
 
 
 def test_shipped_measurements_serve_where_the_user_has_none(tmp_path, monkeypatch):

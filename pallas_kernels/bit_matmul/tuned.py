@@ -16,6 +16,7 @@ when a product for a GPU is first traced; what is tuned later holds for function
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,7 +25,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -132,25 +133,35 @@ def store(
       folder: the user's, unless given.
     """
     path = path_for(folder or user_folder(), kind)
-    _read.cache_clear()
-    entries = dict(_read(path))
-    entries[key(backend, problem, dtype, sweep=sweep)] = {
-        "kernel": kernel,
-        "config": dataclasses.asdict(config),
-        **facts,
-    }
+    entry = {"kernel": kernel, "config": dataclasses.asdict(config), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    try:
-        with unfinished.open("w") as file:
-            file.write(json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)  # so that nobody ever reads half of it
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with _alone(path.parent):
+        _read.cache_clear()
+        entries = {**_read(path), key(backend, problem, dtype, sweep=sweep): entry}
+        try:
+            with unfinished.open("w") as file:
+                file.write(json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)  # so that nobody ever reads half of it
+        finally:
+            unfinished.unlink(missing_ok=True)
     _read.cache_clear()
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """No other process is in here for this folder: each would write what it had read before the other wrote."""
+    import fcntl  # which Windows does not have, where JAX has no NVIDIA GPUs to tune for
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_storable(kind: str) -> None:
