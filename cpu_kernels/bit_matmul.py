@@ -1,7 +1,7 @@
 """The product in C++ on the CPU, through XLA's foreign function interface: one call is one product.
 
 The library is built when the package is installed, where there is a C++ compiler. It chooses instructions when it runs
-(AVX-512, AVX2, NEON, or portable C++), works on the threads of XLA, and reads the words where they lie.
+(AVX-512 with or without AMX, AVX2, NEON, or portable C++), works on the threads of XLA, and reads the words where they lie.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TARGET = "pbjax_bit_matmul"
 _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)  # row types that the library reads
 
 # Those that were measured against backend `xla`, and faster (examples/benchmarks/results/cpu.csv).
-_FAST = ("avx512",)
+_FAST = ("avx512_amx", "avx512")
 
 
 def missing(platform: str) -> str | None:

@@ -238,12 +238,18 @@ def main(argv: Sequence[str] | None = None, *, kind: str | None = None, **option
     """The command, for the device that is there or is named by `kind`; `options` are those of `tune_and_store`.
 
     Returns:
-      0, 1 if a problem has no candidate that runs or candidates of different results, or 2 without a GPU.
+      0, 1 if a problem has no candidate that runs or candidates of different results, or 2 without a GPU
+      or a file to store in.
     """
     args = _parse(argv)
     kind = kind or tuning_process.device_kind()
     if kind is None:
         sys.stderr.write("tune needs an NVIDIA GPU that JAX can use, and found none.\n")
+        return 2
+    try:
+        tuned.check_storable(kind)  # before anything is timed that would be lost
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"tune cannot store what it would measure: {error}\n")
         return 2
     end, status = time.monotonic() + 60 * args.minutes, 0
     for m, (k, n), width in itertools.product(args.m, args.size, args.activation_bits):

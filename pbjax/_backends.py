@@ -186,11 +186,15 @@ def select_backend(problem: Problem, backend: str | None = None, *, platform: st
         return _select_automatic(problem, platform, BACKENDS.values())
     name, source = named
     if reason := BACKENDS[name].refusal(problem, platform):
-        raise Unsupported(
-            f"backend {name!r}, chosen by {source}, cannot run {problem}: {reason}. "
-            "Choose another backend, or none for the automatic choice."
-        )
+        raise Unsupported(_refused(name, source, problem, reason))
     return Selection(name, f"chosen by {source}")
+
+
+def _refused(name: str, source: str, problem: Problem, reason: str) -> str:
+    return (
+        f"backend {name!r}, chosen by {source}, cannot run {problem}: {reason}. "
+        "Choose another backend, or none for the automatic choice."
+    )
 
 
 def _named(backend: str | None) -> tuple[str, str] | None:
@@ -223,10 +227,12 @@ class Choice:
     Attributes:
       backend: runs on every platform that is not named.
       by_platform: (platform, backend) where another one runs.
+      is_named: `backend` was named, and is not the automatic choice.
     """
 
     backend: Backend
     by_platform: tuple[tuple[str, Backend], ...] = ()
+    is_named: bool = False
 
     def on(self, platform: str, *, exported: bool = False) -> Backend:
         """What runs on a platform; in an export nothing that needs pbjax there, unless it was named."""
@@ -237,11 +243,29 @@ class Choice:
 def choose(problem: Problem, backend: str | None) -> Choice:
     """`select_backend` for all platforms that the product may be lowered for."""
     if _named(backend) is not None:
-        return Choice(BACKENDS[select_backend(problem, backend).name])
+        return Choice(BACKENDS[select_backend(problem, backend).name], is_named=True)
+    return _choose_automatic(problem)
+
+
+def choose_again(choice: Choice, problem: Problem) -> Choice:
+    """The choice for what `vmap` has made of a problem, whose rows are those of all examples.
+
+    Raises:
+      Unsupported: the backend that was named cannot run it.
+    """
+    if not choice.is_named:
+        return _choose_automatic(problem)
+    if reason := choice.backend.unsupported(problem):
+        raise Unsupported(_refused(choice.backend.name, "its name", problem, reason))
+    return choice
+
+
+def _choose_automatic(problem: Problem) -> Choice:
     anywhere = [candidate for candidate in BACKENDS.values() if candidate.platforms is None]
     default = BACKENDS[_select_automatic(problem, default_platform(), anywhere).name]
     platforms = {p for candidate in BACKENDS.values() if not candidate.automatic for p in candidate.platforms or ()}
-    chosen = [(platform, BACKENDS[select_backend(problem, platform=platform).name]) for platform in sorted(platforms)]
+    every = BACKENDS.values()
+    chosen = [(platform, BACKENDS[_select_automatic(problem, platform, every).name]) for platform in sorted(platforms)]
     return Choice(default, tuple((platform, found) for platform, found in chosen if found is not default))
 
 

@@ -87,7 +87,8 @@ def _run(
 ) -> jax.Array:
     """The product, as it is cut among devices."""
     problem = _problem(x, words, config.group_size, config.activation_bits)
-    run = _partition.partitioned(config.choice, problem=problem, prefixes=prefixes, axes=config.axes)
+    choice = _backends.choose_again(config.choice, problem)
+    run = _partition.partitioned(choice, problem=problem, prefixes=prefixes, axes=config.axes)
     with jax.enable_x64(False):  # the contract knows 32 bits; 64 would widen every index and integer sum
         return run(x, words, scale, counts)
 

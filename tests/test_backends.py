@@ -109,7 +109,7 @@ def test_cpu_backend_waits_to_be_named_where_it_is_slow(monkeypatch):
     monkeypatch.setattr(cpu, "_load", lambda: None)
     selection = pbjax.select_backend(PROBLEM, platform="cpu")
     assert selection.name == "xla"
-    assert dict(selection.rejected)["cpu"].startswith("without avx512 it was not measured to be faster")
+    assert dict(selection.rejected)["cpu"].startswith("without avx512_amx or avx512 it was not measured to be faster")
     assert pbjax.select_backend(PROBLEM, "cpu", platform="cpu").name == "cpu"
 
 
@@ -267,8 +267,45 @@ def test_platform_is_chosen_when_a_product_is_lowered(by_platform):
 
 def test_explicit_choice_is_for_every_platform(by_platform):
     choice = _backends.choose(PROBLEM, "reference")
-    assert choice == _backends.Choice(_backends.BACKENDS["reference"])
+    assert choice == _backends.Choice(_backends.BACKENDS["reference"], is_named=True)
     assert [name for name, _ in _backends.choose(PROBLEM, None).by_platform] == ["cpu", "cuda"]
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """A backend, the first in order of preference, that returns 1 and takes at most 3 rows."""
+    backend = dataclasses.replace(
+        _backends.BACKENDS["xla"],
+        name="few",
+        unsupported=lambda problem: f"{problem.m} rows are too many" if problem.m > 3 else None,
+        matmul=lambda problem, x, *weight: jnp.ones((problem.m, problem.n)),
+        prefixes=lambda problem, x, *weight: jnp.ones((problem.bits, problem.m, problem.n)),
+        quantize_rows=None,
+        platforms=(_backends.default_platform(),),
+    )
+    monkeypatch.setattr(_backends, "BACKENDS", {"few": backend, **_backends.BACKENDS})
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_automatic_choice_is_that_of_all_rows_of_a_vmap():
+    """What is chosen for one example may not run all of them."""
+    w, x = weight(), jax.random.normal(jax.random.key(1), (8, 40))
+    each = jax.vmap(lambda row: pbjax.matmul(row, w))
+    step = np.float32(np.abs(np.asarray(x[:3])).max(axis=1) * 64 / 127)  # what integers are multiplied by
+    np.testing.assert_allclose(each(x[:3]), np.repeat(step[:, None], 3, axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(each(x), pbjax.matmul(x, w, backend="xla"))
+    sweep = jax.vmap(jax.vmap(lambda row, b: pbjax.matmul(row, w, bitlayers=b), (None, 0)), (0, None))
+    expected = [pbjax.matmul(x, w, bitlayers=b, backend="xla") for b in (1, 4)]
+    np.testing.assert_array_equal(sweep(x, jnp.array([1, 4])), np.stack(expected, axis=1))
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_named_backend_that_cannot_run_all_rows_of_a_vmap():
+    w, x = weight(), jnp.ones((8, 40))
+    with pytest.raises(
+        pbjax.Unsupported, match=r"backend 'few', chosen by its name, cannot run Problem\(m=8.*too many"
+    ):
+        jax.vmap(lambda row: pbjax.matmul(row, w, backend="few"))(x)
 
 
 def runs_here(backend):

@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bit_matmul import _int8_operands, activations, contract, limbs, mosaic, reference, triton
-from tests import cases
+from tests import cases, memory_watch
 from tests.test_triton import H200
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def watched():
+    """No kernel touches what is in no array."""
+    with memory_watch.watch():
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,18 @@ def test_products_finish_their_rows(group_size):
         finished = product(packed._replace(steps=(unit, poison)), words, scale, bitlayers)
         np.testing.assert_array_equal(finished, np.asarray(y) * np.asarray(unit)[:, None] + np.asarray(poison)[:, None])
         assert np.isnan(finished).any()
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("backend", [mosaic, triton])
+def test_no_rows(backend, group_size):
+    problem = contract.Problem(m=0, k=100, n=4, bits=3, group_size=group_size, activation_bits=16)
+    packed, unit, poison = backend.quantize_rows(problem, jnp.ones((0, 100)), interpret=True)
+    weight = jnp.ones((3, 4, 4), jnp.uint32), jnp.ones((3, problem.groups, 4))
+    packed = packed._replace(steps=(unit, poison))
+    y = backend.matmul(problem, packed, *weight, jnp.ones(0, jnp.int32), interpret=True)
+    sweep = backend.prefixes(problem, packed, *weight, jnp.int32(3), interpret=True)
+    assert (y.shape, sweep.shape) == ((0, 4), (3, 0, 4))
 
 
 LIMBS = {

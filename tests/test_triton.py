@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels.bit_matmul import _triton_int8, _triton_order, contract, epilogue, reference, triton, xla
-from tests import cases, oracle
+from tests import cases, memory_watch, oracle
 
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -23,6 +23,13 @@ H200 = jax.sharding.AbstractMesh(
 )
 
 K_OF_TWO_SEGMENTS = contract.MAX_EXACT_K + 40
+
+
+@pytest.fixture(autouse=True)
+def watched():
+    """No kernel touches what is in no array."""
+    with memory_watch.watch():
+        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,6 +293,14 @@ def test_all_prefixes_of_float_activations(case):
     sweep = interpreted(triton.prefixes, dataclasses.replace(case, cut=None))(x, words, scale, jnp.int32(limit))
     for i in range(limit):
         assert_close(case, sweep[i], x, words, scale, jnp.full((case.m,), i + 1, jnp.int32))
+
+
+def test_a_sweep_has_no_part_without_words():
+    """Seven parts of ten blocks would be five of two and two of none, which begin where the words end."""
+    case = Case(m=1, k=32 * 20, n=512, bits=10)
+    x, words, scale, _ = float_operands(case, jnp.bfloat16)
+    sweep = interpreted(triton.prefixes, dataclasses.replace(case, cut=None))(x, words, scale, jnp.int32(case.bits))
+    assert_close(case, sweep[-1], x, words, scale, jnp.full((1,), case.bits, jnp.int32))
 
 
 def test_unsupported():

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import time
@@ -158,6 +159,22 @@ def test_entries_are_kept_beside_each_other_and_replaced():
     assert tuned.find("triton", other, triton.CONFIGS, kind=KIND) == one
 
 
+def test_processes_that_store_at_once_lose_nothing(folder):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=store_many, args=(n,)) for n in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    (path,) = folder.iterdir()
+    assert len(json.loads(path.read_text())["entries"]) == 2 * 30
+
+
+def store_many(n):
+    for k in range(1, 31):
+        tuned.store("triton", dataclasses.replace(PROBLEM, n=n, k=k), "serial", SERIAL, kind=KIND, facts={})
+
+
 def test_shipped_measurements_serve_where_the_user_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
     tuned.store("triton", PROBLEM, "serial", SERIAL, kind=KIND, facts={}, folder=tuned.SHIPPED)
@@ -195,6 +212,30 @@ def test_entry_of_another_version(folder):
     with pytest.raises(
         ValueError, match=rf"`{re.escape(str(path))}` must hold configurations of this version, but got"
     ):
+        tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "must hold JSON, but got"),
+        (b"\xff", "must hold JSON, but got"),
+        (b"[1]", f"must be of version {tuned.VERSION}, but got None"),
+        (b'{"version": %d}' % tuned.VERSION, "must have a mapping of entries, but got None"),
+        (b'{"version": %d, "entries": [1]}' % tuned.VERSION, r"must have a mapping of entries, but got \[1\]"),
+    ],
+)
+def test_damaged_file(folder, text, message):
+    path = folder / "nvidia_test_100_80gb.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"`{re.escape(str(path))}` {message}.*Delete .*, and tune again"):
+        tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
+
+
+@pytest.mark.parametrize("value", ["128", 0, -1, 2.0, None, True])
+def test_damaged_entry(folder, value):
+    tuned.store("triton", PROBLEM, "serial", dataclasses.replace(SERIAL, block_n=value), kind=KIND, facts={})
+    with pytest.raises(ValueError, match="must hold configurations of this version, but got"):
         tuned.find("triton", PROBLEM, triton.CONFIGS, kind=KIND)
 
 
@@ -522,6 +563,16 @@ class TestCommand:
     def test_needs_a_gpu(self, capsys):
         assert tune.main(self.OPTIONS) == 2
         assert capsys.readouterr().err == "tune needs an NVIDIA GPU that JAX can use, and found none.\n"
+
+    def test_needs_a_file_that_it_can_store_in(self, capsys, folder, monkeypatch):
+        path = folder / "nvidia_test_100_80gb.json"
+        path.write_text("{")
+        never = dict(kind=KIND, run=lambda job: pytest.fail("timed"))
+        assert tune.main(self.OPTIONS, **never) == 2
+        assert f"tune cannot store what it would measure: `{path}` must hold JSON" in capsys.readouterr().err
+        monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(path))  # a file, where a folder has to be
+        assert tune.main(self.OPTIONS, **never) == 2
+        assert "File exists" in capsys.readouterr().err
 
     def test_refuses_a_size(self, capsys):
         with pytest.raises(SystemExit):

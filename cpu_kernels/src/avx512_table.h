@@ -1,5 +1,6 @@
 // The table of AVX-512, once for each set of its extensions: PBJAX_TABLE is the function that returns it, PBJAX_NAME its
-// name, PBJAX_SUPPORTED whether the machine has the extensions. Included by kernels_avx512*.cc, each compiled with its own.
+// name, PBJAX_SUPPORTED whether the machine has the extensions, PBJAX_TILES is defined for those with tiles. Included by
+// kernels_avx512*.cc, each compiled with its own.
 #include "kernels.h"
 
 #if defined(PBJAX_COMPILED)
@@ -15,13 +16,22 @@ namespace pbjax {
 #include "avx512_blocks.h"
 #include "avx512_floats.h"
 #include "avx512_lookup.h"
+#if defined(PBJAX_TILES)
+#include "amx_tiles.h"
+#include "amx_blocks.h"
+#include "amx_choices.h"
+#else
 #include "avx512_choices.h"
+#endif
 
 const Kernels* PBJAX_TABLE() {
   static const Kernels kernels = [] {
     Kernels table = CommonKernels(PBJAX_NAME);
     table.unpack = Unpack;
     table.dot = Dot;
+#if defined(PBJAX_TILES)
+    table.dot = TileDot;
+#endif
     table.values = Values;
     table.float_dot = FloatDot;
     table.stream = Stream;

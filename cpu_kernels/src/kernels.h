@@ -137,7 +137,8 @@ constexpr int64_t kTableFloats = 8 * 16;  // of one word of k
 // The tables that this program holds, best first, and whether this machine can run them.
 const Kernels* PortableKernels();
 const Kernels* Avx2Kernels();    // null where not compiled in or not supported by the machine
-const Kernels* Avx512Kernels();  // the same; with VNNI, GFNI and VBMI
+const Kernels* AmxKernels();     // the same; with AVX-512's VNNI, GFNI and VBMI, and tiles
+const Kernels* Avx512Kernels();  // with VNNI, GFNI and VBMI
 const Kernels* Avx512VnniKernels();  // with VNNI
 const Kernels* Avx512BaseKernels();  // with BW, DQ and VL only
 const Kernels* NeonKernels();    // the same

@@ -21,8 +21,8 @@ const Kernels* PortableKernels() {
 
 int FindTables(const Kernels** tables) {
   int count = 0;
-  for (const Kernels* kernels : {Avx512Kernels(), Avx512VnniKernels(), Avx512BaseKernels(), Avx2Kernels(), NeonKernels(),
-                                 PortableKernels()}) {
+  for (const Kernels* kernels : {AmxKernels(), Avx512Kernels(), Avx512VnniKernels(), Avx512BaseKernels(), Avx2Kernels(),
+                                 NeonKernels(), PortableKernels()}) {
     if (kernels != nullptr) tables[count++] = kernels;
   }
   return count;

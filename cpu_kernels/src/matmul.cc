@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kMaxPanelBytes = 32 << 20;   // of prepared activations
 constexpr int64_t kCodeBytes = 64 << 10;       // of one block of codes: second-level cache
+constexpr int64_t kFewRowsCodeBytes = 32 << 10;  // of one that few rows use: first-level cache
+constexpr int64_t kFewSums = 32;               // rows times limbs, of few rows
 constexpr int64_t kValueBytes = 32 << 10;      // of one block of float weights: first-level cache
 constexpr int64_t kWideChannels = 1024;        // of one row: its sums fill the first-level cache
 constexpr int64_t kLookupWords = 4;            // that several rows look up in turn
@@ -92,7 +94,7 @@ class Product {
   int64_t Width(const std::vector<RowBlock>& blocks, int64_t rows) const {
     const RowBlock& block = blocks[0];
     const int64_t outputs = static_cast<int64_t>(block.outputs.size());
-    int64_t width = limbs_ == 0 ? (outputs <= 16 ? 256 : 64) : (outputs <= 16 ? 512 : 128);
+    int64_t width = limbs_ == 0 ? (outputs <= 16 ? 256 : 64) : BlockWidth(outputs * limbs_);
     if (block.method == Method::kStream) width = block.rows == 1 ? kWideChannels / 2 : kWideChannels;
     if (block.method == Method::kCodes) width = kWideChannels / 2;  // and a block of codes for their k
     if (block.method == Method::kLookup) width = outputs == 1 ? kWideChannels : kWideChannels / 2;
@@ -102,6 +104,9 @@ class Product {
     const int64_t share = (problem_.n + chunks - 1) / chunks;
     return std::clamp<int64_t>((share + 63) / 64 * 64, 64, width);
   }
+
+  // Channels of a block of codes: the more sums each has, the fewer of them.
+  static int64_t BlockWidth(int64_t sums) { return sums <= kFewSums / 2 ? 512 : sums <= kFewSums ? 256 : 128; }
 
   // A number that no thread has a say in, so that sums of floats have the same bits on any machine with these kernels.
   int64_t Shares(const RowBlock& block) const {
@@ -221,14 +226,17 @@ class Product {
       return;
     }
     if (block.method == Method::kLookup) return LookupSums(task, column, start, stop, sums);
-    const int64_t block_words = std::max<int64_t>(1, kCodeBytes / (kWordBits * width));
+    const bool few = static_cast<int64_t>(block.outputs.size()) * limbs_ <= kFewSums;
+    const int64_t block_words = std::max<int64_t>(1, (few ? kFewRowsCodeBytes : kCodeBytes) / (kWordBits * width));
     scratch.Start(Scratch::Bytes<uint8_t>(block_words * kWordBits * width));
     uint8_t* codes = scratch.Take<uint8_t>(block_words * kWordBits * width);
     for (int64_t word = start; word < stop; word += block_words) {
       const int64_t end = std::min(word + block_words, stop);
       kernels_.unpack(Words(task, column, block.layers[column], word, end), width, codes);
       for (const MaskedRows& run : block.columns[column]) {
-        kernels_.dot(codes, end - word, width, static_cast<uint8_t>(0xFF00u >> run.layers),
+        const bool all = run.layers == block.layers[column];  // codes have no other bits
+        const uint8_t mask = all ? 0xFF : static_cast<uint8_t>(0xFF00u >> run.layers);
+        kernels_.dot(codes, end - word, width, mask,
                      Limbs(task, run.first_row, run.rows, word), sums + run.first_sum * limbs_ * width);
       }
     }

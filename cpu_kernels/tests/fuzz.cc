@@ -20,6 +20,9 @@
 #include "problem.h"
 
 namespace pbjax {
+
+const Kernels* EmulatedAmxKernels();  // emulated_amx.cc
+
 namespace {
 
 // Threads of the test's own; some tasks run at once in the caller, and some only after the product has ended.
@@ -305,6 +308,7 @@ int main(int argc, char** argv) {
   std::mt19937_64 random(seed);
   std::vector<const pbjax::Kernels*> tables(pbjax::kMaxTables);
   tables.resize(pbjax::FindTables(tables.data()));
+  if (const pbjax::Kernels* emulated = pbjax::EmulatedAmxKernels()) tables.push_back(emulated);
   int64_t wrong = 0, products = 0;
   for (int64_t i = 0; i < cases && wrong < 20; ++i) {
     const pbjax::Case given = pbjax::MakeCase(random);

@@ -120,6 +120,11 @@ class Run:
         """Of a file beside the output."""
         return self.args.output.with_name(f"{self.args.output.stem}_{name}.csv")
 
+    def files(self) -> dict[Path, type[facts.Facts]]:
+        """All that the command writes rows to, and what they are."""
+        beside = dict(steps=gpu_rows.Step, bits=gpu_rows.Step, network=gpu_network.Row)
+        return {self.args.output: gpu_rows.Row, **{self.path(name): cls for name, cls in beside.items()}}
+
     def passed(self) -> set[str]:
         """The steps that earlier runs of the same code, device and versions have passed."""
         steps = gpu_rows.read(self.path("steps"), gpu_rows.Step) if self.args.resume else []
@@ -273,9 +278,13 @@ def main(argv: Sequence[str] | None = None) -> list[gpu_rows.Row]:
     console = rich.console.Console(stderr=True, width=WIDTH)
     run = Run(args=args, facts=found, started=started, console=console, problems=[], refused=[])
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        for path in (args.output, *map(run.path, ("steps", "bits", "network"))):
+    for path, cls in run.files().items():
+        if not args.resume:
             path.unlink(missing_ok=True)
+        try:
+            gpu_rows.read(path, cls)  # before anything runs that would be lost
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     if not args.no_check and not args.smoke:
         check(run)
     skipped = measure(run, {(row.m, row.k, row.n) for row in _of_run(run, args.output, gpu_rows.Row)})

@@ -29,7 +29,7 @@ GRAPHS: dict[str, dict[str, Any]] = {
     "everything": {"xla_gpu_graph_min_graph_size": 1},
     WITHOUT: {"xla_gpu_enable_command_buffer": ""},
 }
-FEATURES, HIDDEN, CLASSES = 64, 4096, 12  # of `examples/digits.py`, whose 10 classes `mosaic` does not take
+FEATURES, HIDDEN, CLASSES = 64, 4096, 10  # of `examples/digits.py`
 BITLAYERS = (4, 8)
 _CALLS = 200  # for a latency, and for a time from call to call
 _TRACED_CALLS = 30  # for times on the device's clock

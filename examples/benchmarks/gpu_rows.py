@@ -165,7 +165,7 @@ def read(path: Path, cls: type[R]) -> list[R]:
     A last line without its end, of a copy that was interrupted, is left out, and said.
 
     Raises:
-      ValueError: the columns are others, of another version of this program.
+      ValueError: the columns are others, of another version of this program, or a line is damaged.
     """
     kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
 
@@ -183,7 +183,13 @@ def read(path: Path, cls: type[R]) -> list[R]:
             f"`{path}` must have the columns {', '.join(kinds)}, but got {lines.fieldnames}. "
             "Choose another --output, or leave out --resume."
         )
-    return [cls(**{name: value(name, text) for name, text in line.items()}) for line in lines]
+    try:
+        return [cls(**{name: value(name, text) for name, text in line.items()}) for line in lines]
+    except (csv.Error, KeyError, TypeError, ValueError) as error:  # cells that are missing, too many, or no numbers
+        raise ValueError(
+            f"`{path}` must have a {cls.__name__} in each line, but line {lines.line_num} is damaged. "
+            "Remove the line, choose another --output, or leave out --resume."
+        ) from error
 
 
 def append(path: Path, rows: Sequence[Facts], cls: type[Facts]) -> None:

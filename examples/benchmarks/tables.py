@@ -3,7 +3,8 @@
     python examples/benchmarks/tables.py
 
 rewrites what stands between `<!-- table NAME -->` and `<!-- end -->` in them, so that no number in a table is typed by
-hand; the tests compare. A file, a column or a row that is missing is an error.
+hand; the tests compare. `<!-- table NAME FILE -->` takes the rows of another machine. A file, a column or a row that is
+missing is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu.md")
-BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table (\w+)(?: (\w+\.csv))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
 
@@ -83,29 +84,29 @@ def machine(rows: list[Row], *columns: str) -> str:
     return f"Medians of {turns} turns; {said}.\n"
 
 
-def cpu_speedups() -> str:
+def cpu_speedups(file: str = "cpu.csv") -> str:
     """Backend `cpu` over XLA's float32 product."""
-    return by_weight(read("cpu.csv"), lambda rows: speedups(rows, "pbjax", "pbjax sweep"))
+    return by_weight(read(file), lambda rows: speedups(rows, "pbjax", "pbjax sweep"))
 
 
-def cpu_few_rows() -> str:
+def cpu_few_rows(file: str = "cpu.csv") -> str:
     """The same for few rows, which bitlayers are for."""
-    rows = [row for row in read("cpu.csv") if row["m"] in ("1", "8")]
+    rows = [row for row in read(file) if row["m"] in ("1", "8")]
     return by_weight(rows, lambda rows: speedups(rows, "pbjax", "pbjax sweep"))
 
 
-def cpu_machine() -> str:
-    """Where cpu.csv was measured."""
-    rows = [row for row in read("cpu.csv") if row["method"] != "read"]
+def cpu_machine(file: str = "cpu.csv") -> str:
+    """Where they were measured."""
+    rows = [row for row in read(file) if row["method"] != "read"]
     return machine(rows, "date", "cpu", "threads", "cache")
 
 
 OURS = [(count, width) for width in ("8", "16") for count in ("4", "8")]  # beside other libraries
 
 
-def cpu_others() -> str:
+def cpu_others(file: str = "cpu.csv") -> str:
     """Other libraries in the same turns, and pbjax beside them."""
-    rows = [row for row in read("cpu.csv") if row["method"] not in ("read", "pbjax sweep")]
+    rows = [row for row in read(file) if row["method"] not in ("read", "pbjax sweep")]
     return by_weight(rows, _others)
 
 
@@ -125,12 +126,12 @@ def _others(rows: list[Row]) -> str:
     return table(["method", *(f"{m} {'row' if m == '1' else 'rows'}" for m in counts)], lines)
 
 
-def cpu_fastest() -> str:
+def cpu_fastest(file: str = "cpu.csv") -> str:
     """How pbjax compares with the fastest of the other methods, by 20th percentiles.
 
     Not by medians: where other programs take cores, those of libraries whose threads wait for each other suffer most.
     """
-    rows = [row for row in read("cpu.csv") if row["method"] not in ("read", "pbjax sweep")]
+    rows = [row for row in read(file) if row["method"] not in ("read", "pbjax sweep")]
     return by_weight(rows, _fastest)
 
 
@@ -227,7 +228,7 @@ def gpu_launches() -> str:
     return machine_code_tables.launches()
 
 
-TABLES: tuple[Callable[[], str], ...] = (
+TABLES: tuple[Callable[..., str], ...] = (
     cpu_speedups,
     cpu_few_rows,
     cpu_machine,
@@ -252,10 +253,10 @@ def fill(page: str) -> str:
     tables = {make.__name__: make for make in TABLES}
 
     def block(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
+        begin, name, file, end = match.groups()
         if name not in tables:
             raise ValueError(f"tables are {', '.join(tables)}, but a page asks for {name!r}")
-        return f"{begin}\n{tables[name]()}\n{end}"
+        return f"{begin}\n{tables[name](file) if file else tables[name]()}\n{end}"
 
     return BLOCK.sub(block, page)
 

@@ -43,7 +43,8 @@ def prefixes(
     """
     programs = pl.cdiv(problem.n, config.block_n) * pl.cdiv(problem.m, config.block_rows) * problem.bits
     blocks = pl.cdiv(problem.words_per_group, config.block_words)
-    num_parts = min(blocks, pl.cdiv(_triton_dot.MIN_PROGRAMS, programs * problem.groups))
+    part_blocks = pl.cdiv(blocks, pl.cdiv(_triton_dot.MIN_PROGRAMS, programs * problem.groups))
+    num_parts = pl.cdiv(blocks, part_blocks)  # none of them empty: a part loads its first words before it counts them
     sums = _compat.triton_call(
         functools.partial(_kernel, problem=problem, config=config, num_parts=num_parts, interpret=interpret),
         name="bit_matmul_dot_sweep",

@@ -75,6 +75,16 @@ def quantize_rows(
       poison: f32[m], NaN for rows that are not finite, 0 for others.
     """
     num_words, rows = (problem.num_words, problem.m) if layout is None else (layout.num_words, layout.rows)
+    spans = np.array([(start, stop) for _, start, stop in problem.segments], np.int32) * contract.WORD_BITS
+    shape = (problem.activation_limbs, problem.m, num_words * contract.WORD_BITS)
+    codes = jax.ShapeDtypeStruct(shape, jnp.int8)
+    if layout is not None:
+        codes = jax.ShapeDtypeStruct((int(np.prod(layout.shape)),), jnp.uint32)
+    row_sums = jax.ShapeDtypeStruct((len(spans), problem.activation_limbs, problem.m), jnp.int32)
+    row = jax.ShapeDtypeStruct((problem.m,), jnp.float32)
+    if problem.m == 0:
+        bits, none, unit = (jnp.zeros(of.shape, of.dtype) for of in (codes, row_sums, row))
+        return limbs.Packed(bits=bits if layout is None else bits.reshape(layout.shape), row_sums=none), unit, unit
     block_words = min(_MAX_WORDS, max(_MIN_WORDS, pl.next_power_of_2(pl.cdiv(num_words, _BLOCKS_OF_ROW))))
     num_blocks = pl.cdiv(pl.cdiv(num_words, block_words), pl.cdiv(_PROGRAMS, rows))
     num_programs = pl.cdiv(num_words, num_blocks * block_words)
@@ -82,11 +92,6 @@ def quantize_rows(
     if source is not None:
         padding = num_programs * num_blocks * block_words - source.size
         source = jnp.asarray(np.pad(source, (0, padding), constant_values=-1))
-    spans = np.array([(start, stop) for _, start, stop in problem.segments], np.int32) * contract.WORD_BITS
-    shape = (problem.activation_limbs, problem.m, num_words * contract.WORD_BITS)
-    codes = jax.ShapeDtypeStruct(shape, jnp.int8)
-    if layout is not None:
-        codes = jax.ShapeDtypeStruct((int(np.prod(layout.shape)),), jnp.uint32)
     kernel = functools.partial(
         _kernel,
         problem=problem,
@@ -96,22 +101,16 @@ def quantize_rows(
         num_blocks=num_blocks,
         num_programs=num_programs,
     )
-    row = jax.ShapeDtypeStruct((problem.m,), jnp.float32)
-    bits, row_sums, unit, poison = _compat.triton_call(
+    bits, sums, unit, poison = _compat.triton_call(
         kernel,
         name="bit_matmul_pack",
         grid=(rows, num_programs + len(spans)),
-        out_shape=(
-            codes,
-            jax.ShapeDtypeStruct((len(spans), problem.activation_limbs, problem.m), jnp.int32),
-            row,
-            row,
-        ),
+        out_shape=(codes, row_sums, row, row),
         num_warps=_NUM_WARPS,
         num_stages=1,
         interpret=interpret,
     )(source, jnp.asarray(spans), x)
-    return limbs.Packed(bits=bits if layout is None else bits.reshape(layout.shape), row_sums=row_sums), unit, poison
+    return limbs.Packed(bits=bits if layout is None else bits.reshape(layout.shape), row_sums=sums), unit, poison
 
 
 def _kernel(

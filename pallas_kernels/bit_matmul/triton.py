@@ -90,8 +90,9 @@ def unsupported(problem: contract.Problem) -> str | None:
 def config_for(problem: contract.Problem, dtype: DTypeLike = jnp.float32) -> Config:
     """How a problem is cut into programs, by its shape and the dtype of float activations.
 
-    The type says which kernel runs it.
+    The type says which kernel runs it. Of a problem without rows or channels it is that of one with them.
     """
+    problem = dataclasses.replace(problem, m=max(problem.m, 1), n=max(problem.n, 1))
     if problem.activation_bits is None:
         if problem.groups > 1 or problem.m <= _DOT_ROWS:
             return _triton_dot.config_for(problem, jnp.dtype(dtype))

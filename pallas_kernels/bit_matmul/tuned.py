@@ -1,4 +1,4 @@
-"""Launch parameters that were measured: files of JSON, one for each kind of device, {"version": 2, "entries": {..}}.
+"""Launch parameters that were measured: files of JSON, one for each kind of device, {"version": 3, "entries": {..}}.
 
 An entry is found by what its choice depends on: backend, static facts of the product, rows rounded up to a power of
 two, the dtype of float activations, of which a product takes one to three parts, and whether it is a sweep over all
@@ -16,6 +16,7 @@ when a product for a GPU is first traced; what is tuned later holds for function
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,7 +24,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -87,13 +89,22 @@ def find(
         if entry is None:
             continue
         try:
-            return configs[entry["kernel"]](**entry["config"])
+            return _checked(configs[entry["kernel"]](**entry["config"]))
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"`{path}` must hold configurations of this version, but got {entry} for {problem}. "
                 "Delete the file, or tune again."
             ) from error
     return None
+
+
+def _checked(config: Config) -> Config:
+    """Raises TypeError unless all fields are positive integers, or None where that is one of their values."""
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType] every configuration is a dataclass
+        value = getattr(config, field.name)
+        if not (type(value) is int and value > 0) and not (value is None and "None" in str(field.type)):
+            raise TypeError(f"{field.name}={value!r}")
+    return config
 
 
 def store(
@@ -122,25 +133,45 @@ def store(
       folder: the user's, unless given.
     """
     path = path_for(folder or user_folder(), kind)
-    _read.cache_clear()
-    entries = dict(_read(path))
-    entries[key(backend, problem, dtype, sweep=sweep)] = {
-        "kernel": kernel,
-        "config": dataclasses.asdict(config),
-        **facts,
-    }
+    entry = {"kernel": kernel, "config": dataclasses.asdict(config), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    try:
-        with unfinished.open("w") as file:
-            file.write(json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)  # so that nobody ever reads half of it
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with _alone(path.parent):
+        _read.cache_clear()
+        entries = {**_read(path), key(backend, problem, dtype, sweep=sweep): entry}
+        try:
+            with unfinished.open("w") as file:
+                file.write(json.dumps({"version": VERSION, "entries": entries}, indent=1, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)  # so that nobody ever reads half of it
+        finally:
+            unfinished.unlink(missing_ok=True)
     _read.cache_clear()
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """No other process is in here for this folder: each would write what it had read before the other wrote."""
+    import fcntl  # which Windows does not have, where JAX has no NVIDIA GPUs to tune for
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_storable(kind: str) -> None:
+    """Raises OSError or ValueError unless the user's file of a device can be written, and read before that."""
+    path = path_for(user_folder(), kind)
+    _read.cache_clear()
+    _read(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def path_for(folder: pathlib.Path, kind: str) -> pathlib.Path:
@@ -167,9 +198,14 @@ def _read(path: pathlib.Path) -> Mapping[str, Any]:
         return {}
     try:
         stored = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"`{path}` must hold JSON, but got {error}. Delete the file, and tune again.") from error
-    version = stored.get("version", 1)
+    version = stored.get("version", 1) if isinstance(stored, dict) else None
     if version != VERSION:
         raise ValueError(f"`{path}` must be of version {VERSION}, but got {version}. Delete the file, and tune again.")
-    return stored["entries"]
+    entries = stored.get("entries")
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"`{path}` must have a mapping of entries, but got {entries!r}. Delete the file, and tune again."
+        )
+    return entries

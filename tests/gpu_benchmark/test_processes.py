@@ -177,6 +177,18 @@ class TestFiles:
             assert rooms.gpu_rows.read(path, rooms.gpu_rows.Step) == [*expected, step("three")]
             capsys.readouterr()
 
+    @pytest.mark.parametrize(
+        "line", [b"2026-01-01,abc\r\n", b"1,2,3,4,5,6,7,8,9,10,11,12\r\n", b"1,2,3,4,5,6,7,8,9,x,\r\n", b"\0\r\n"]
+    )
+    def test_a_damaged_line_has_a_number(self, rooms, step, tmp_path, line):
+        path = tmp_path / "steps.csv"
+        rooms.gpu_rows.append(path, [step("one")], rooms.gpu_rows.Step)
+        path.write_bytes(path.read_bytes() + line)
+        with pytest.raises(
+            ValueError, match=r"steps.csv` must have a Step in each line, but line 3 is damaged. Remove"
+        ):
+            rooms.gpu_rows.read(path, rooms.gpu_rows.Step)
+
     def test_a_writer_that_fails_leaves_the_file_as_it_was(self, rooms, step, tmp_path, monkeypatch):
         path = tmp_path / "steps.csv"
         rooms.gpu_rows.append(path, [step("one")], rooms.gpu_rows.Step)

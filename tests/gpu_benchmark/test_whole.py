@@ -56,6 +56,14 @@ class TestWhole:
         assert len(on_gpu.calls) == 15
         assert {row.code for row in rooms.gpu_rows.read(output, rooms.gpu_rows.Row)} == {"456"}
 
+    @pytest.mark.parametrize("name", ["gpu.csv", "gpu_steps.csv", "gpu_bits.csv", "gpu_network.csv"])
+    def test_resume_from_a_damaged_file_ends_before_anything_runs(self, rooms, on_gpu, tmp_path, name):
+        arguments = ["--m", "1", "--runs", "1", "--output", str(tmp_path / "gpu.csv")]
+        (tmp_path / name).write_text("some,other,columns\n")
+        with pytest.raises(SystemExit, match=f"{name}` must have the columns date, commit"):
+            rooms.gpu.main([*arguments, "--resume"])
+        assert on_gpu.calls == []
+
     def test_resume_repeats_what_did_not_pass(self, rooms, on_gpu, tmp_path, monkeypatch, capsys):
         late = rooms.gpu_checks.Outcome(outcome="out of time", seconds=9, text="done: 7 products\n")
         sanitize = rooms.gpu_checks.sanitize

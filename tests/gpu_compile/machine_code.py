@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -125,6 +126,11 @@ def unavailable() -> str | None:
         return "jax-cuda13-plugin and jax-cuda13-pjrt, which compile for CUDA, are not installed"
     missing = [tool for tool in ("ptxas", "nvdisasm") if _tool(tool) is None]
     return f"{' and '.join(missing)} of the CUDA compiler wheels are not installed" if missing else None
+
+
+def reason_to_skip() -> str | None:
+    """As `unavailable`, but None where PBJAX_EXPECT_CUDA_COMPILERS says that tests are to fail without."""
+    return None if os.environ.get("PBJAX_EXPECT_CUDA_COMPILERS") else unavailable()
 
 
 def compile_kernels(fn: Callable[..., object], *args: object, gpu: str) -> tuple[Kernel, ...]:

@@ -48,7 +48,7 @@ BITS = tuple(range(1, 9))
 STORED = 8  # of which all smaller numbers are taken where the code is the same
 BACKENDS: Mapping[str, ModuleType] = {"mosaic": mosaic, "triton": triton}
 DEVICES = {"h200": ("mosaic", "triton"), "a100": ("triton",), "b200": ("mosaic",)}
-FEATURES, HIDDEN, CLASSES = 64, 4096, 12  # the network of examples/benchmarks/gpu_network.py
+FEATURES, HIDDEN, CLASSES = 64, 4096, 10  # the network of examples/benchmarks/gpu_network.py
 GRAPHS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "xla_gpu_graph_min_graph_size=1": {"xla_gpu_graph_min_graph_size": 1},

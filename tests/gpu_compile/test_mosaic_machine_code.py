@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels.bit_matmul import _mosaic_kernel, contract, mosaic
 from tests.gpu_compile import machine_code
 
-_missing = machine_code.unavailable()
+_missing = machine_code.reason_to_skip()
 pytestmark = [
     pytest.mark.gpu_compile,
     pytest.mark.skipif(_missing is not None, reason=f"cannot compile for a GPU here: {_missing}"),

@@ -15,7 +15,7 @@ from pallas_kernels.bit_matmul._mosaic_kernel import WARPS, Plan
 from tests.gpu_compile import machine_code, test_mosaic_machine_code, test_triton_machine_code
 from tests.gpu_compile.test_launches import in_own_process
 
-_missing = machine_code.unavailable()
+_missing = machine_code.reason_to_skip()
 pytestmark = [
     pytest.mark.gpu_compile,
     pytest.mark.skipif(_missing is not None, reason=f"cannot compile for a GPU here: {_missing}"),

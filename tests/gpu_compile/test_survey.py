@@ -10,7 +10,7 @@ from pallas_kernels.bit_matmul import contract
 from tests.gpu_compile import bounds, machine_code, survey
 from tests.gpu_compile.test_launches import in_own_process
 
-_missing = machine_code.unavailable()
+_missing = machine_code.reason_to_skip()
 needs_compiler = pytest.mark.skipif(_missing is not None, reason=f"cannot compile for a GPU here: {_missing}")
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
 quiet = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.bit_matmul import _triton_serial, contract, triton
 from tests.gpu_compile import machine_code
 
-_missing = machine_code.unavailable()
+_missing = machine_code.reason_to_skip()
 pytestmark = [
     pytest.mark.gpu_compile,
     pytest.mark.skipif(_missing is not None, reason=f"cannot compile for a GPU here: {_missing}"),
