@@ -1,7 +1,8 @@
 """The product in C++ on the CPU, through XLA's foreign function interface: one call is one product.
 
 The library is built when the package is installed, where there is a C++ compiler. It chooses instructions when it runs
-(AVX-512 with or without AMX, AVX2, NEON, or portable C++), works on the threads of XLA, and reads the words where they lie.
+(AVX-512 with or without AMX, AVX2, NEON, or portable C++), works on the threads of XLA, and reads the words where they
+lie.
 """
 
 from __future__ import annotations
