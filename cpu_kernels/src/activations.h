@@ -33,7 +33,7 @@ struct Panel {
   uint8_t* tables;          // [rows][words][limbs][kTableBytes], where a lookup is to be
   float* float_tables;      // [rows][words][kTableFloats], the same
   float* unit;              // [rows]
-  float* poison;            // [rows]: NaN where a row is not finite, else 0
+  float* poison;            // [rows]: NaN where a row is not finite, else -0, which changes no sum
 };
 
 // The activations of these rows of operands.x, in memory of `scratch`. Rows are prepared in parallel.
