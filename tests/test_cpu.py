@@ -6,7 +6,11 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+import platform
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +113,26 @@ def test_float_sums_do_not_depend_on_threads(case, instructions):
     assert np.isfinite(first).all()
     for _ in range(20):
         np.testing.assert_array_equal(run(x, given.words, given.scale, given.counts), first)
+
+
+QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or QEMU is None, reason="no QEMU that emulates other processors")
+@pytest.mark.parametrize(
+    ("processor", "instructions"), [("Nehalem", "portable"), ("SandyBridge", "portable"), ("Haswell", "avx2 portable")]
+)
+def test_older_processors_are_asked_first(processor, instructions):
+    """Finding the instructions of a machine needs none that it may not have; QEMU refuses those, as machines do."""
+    code = (
+        "import ctypes, sys; names = ctypes.CDLL(sys.argv[1]).PbjaxInstructions; names.restype = ctypes.c_char_p;"
+        "print(names().decode())"
+    )
+    library = cpu._load()
+    assert not isinstance(library, str)
+    command = [QEMU, "-cpu", processor, sys.executable, "-I", "-c", code, library._name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, instructions), done.stderr
 
 
 def test_unknown_instructions_are_an_error():
