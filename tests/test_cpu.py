@@ -165,6 +165,25 @@ def test_library_that_is_missing_or_broken(monkeypatch, tmp_path, content, reaso
     assert re.match(reason, cpu._load.__wrapped__())
 
 
+def test_library_of_another_version_of_pbjax(monkeypatch, tmp_path):
+    """Another shared object, which has none of its functions."""
+    shutil.copy(np.random.mtrand.__file__, tmp_path / "_native.so")
+    monkeypatch.setattr(cpu.cpu_kernels, "__path__", [str(tmp_path)])
+    assert re.match(r"its C\+\+ library cannot be loaded: .*PbjaxInstructions", str(cpu._load.__wrapped__()))
+
+
+def test_library_built_with_a_newer_jax(monkeypatch):
+    """XLA would refuse it with every product."""
+    assert (0, 0) < cpu._interface() < (1000, 0)  # found in the headers
+    monkeypatch.setattr(cpu, "_interface", lambda: (0, 0))
+    assert re.match(r"its C\+\+ library was built with a newer JAX than this one: ", str(cpu._load.__wrapped__()))
+
+
+def test_jax_without_headers_takes_any_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu.jax.ffi, "include_dir", lambda: str(tmp_path))
+    assert cpu._interface() > (1000, 0)
+
+
 def test_export_needs_an_allowance():
     """The call is no part of what JAX promises to keep; with the allowance it gives the same bits."""
     w = pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (70, 5))}, 4)["kernel"]
