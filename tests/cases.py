@@ -13,6 +13,11 @@ import pbjax
 # would have optimized them. What users compile is tested as they compile it.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+# What JAX 0.11 and later lower kernels of Triton's for where there is no GPU.
+H200 = jax.sharding.AbstractMesh(
+    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:

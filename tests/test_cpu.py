@@ -80,6 +80,16 @@ def test_rows_of_floats_are_finished_inside():
             np.testing.assert_array_equal(run(backend="cpu"), run(backend="xla"))
 
 
+def test_products_that_underflow_keep_their_sign():
+    """Zeros have signs, and these are those of `xla`, too."""
+    w = pbjax.quantize({"kernel": 1e-25 * jax.random.normal(jax.random.key(0), (64, 16))}, 4)["kernel"]
+    x = 1e-22 * jax.random.normal(jax.random.key(1), (3, 64))
+    ours, expected = (np.asarray(pbjax.matmul(x, w, activation_bits=8, backend=backend)) for backend in ("cpu", "xla"))
+    assert not expected.any()
+    assert 0 < np.signbit(expected).sum() < expected.size
+    np.testing.assert_array_equal(np.signbit(ours), np.signbit(expected))
+
+
 def test_calls_from_eight_threads_give_the_same_bits():
     """At once, on XLA's one pool of threads, large and small products, many times."""
     cases = [Case(bits=8, bitlayers=5, m=m, k=512, n=n) for m in (1, 3) for n in (40, 2048)]

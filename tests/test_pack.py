@@ -12,7 +12,6 @@ import pytest
 
 from pallas_kernels.bit_matmul import _int8_operands, activations, contract, limbs, mosaic, reference, triton
 from tests import cases, memory_watch
-from tests.test_triton import H200
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -201,7 +200,7 @@ def test_products_of_many_rows_finish_them(cut):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_lowers_for_cuda(case):
-    with jax.sharding.use_abstract_mesh(H200):
+    with jax.sharding.use_abstract_mesh(cases.H200):
         for fn, config in ((mosaic.quantize_rows, None), (triton.quantize_rows, case.triton)):
             traced = jax.jit(lambda x, fn=fn, config=config: fn(case.problem, x, config=config)).trace(rows(case))
             assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -17,11 +17,6 @@ from tests import cases, memory_watch, oracle
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
-# What JAX 0.11 and later lower for where there is no GPU.
-H200 = jax.sharding.AbstractMesh(
-    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-)
-
 K_OF_TWO_SEGMENTS = contract.MAX_EXACT_K + 40
 
 
@@ -341,6 +336,6 @@ def test_lowers_for_cuda(case):
     *args, bitlayers = operands(case) if case.activation_bits else float_operands(case, jnp.float32)
     product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config))
     sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, config=case.config))
-    with jax.sharding.use_abstract_mesh(H200):
+    with jax.sharding.use_abstract_mesh(cases.H200):
         for traced in (product.trace(*args, bitlayers), sweep.trace(*args, bitlayers[0])):
             assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
