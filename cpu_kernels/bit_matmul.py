@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+import re
 import sys
 
 import jax
@@ -51,9 +52,7 @@ def instructions() -> tuple[str, ...]:
     library = _load()
     if isinstance(library, str):
         return ()
-    names = library.PbjaxInstructions
-    names.restype = ctypes.c_char_p
-    return tuple(names().decode().split())
+    return tuple(library.PbjaxInstructions().decode().split())
 
 
 def matmul(
@@ -132,10 +131,31 @@ def _load() -> ctypes.CDLL | str:
     for folder in (*cpu_kernels.__path__, *(pathlib.Path(entry, "cpu_kernels") for entry in sys.path)):
         for file in sorted(pathlib.Path(folder).glob("_native.*")):
             try:
-                return ctypes.CDLL(str(file))
-            except OSError as error:
+                library = ctypes.CDLL(str(file))
+                library.PbjaxInstructions.restype = ctypes.c_char_p
+                built_with = divmod(library.PbjaxInterface(), 1000)
+            except (OSError, AttributeError) as error:  # AttributeError: a library of another version of pbjax
                 return f"its C++ library cannot be loaded: {error}"
+            if built_with > _interface():
+                return (
+                    "its C++ library was built with a newer JAX than this one: upgrade JAX, "
+                    "or build pbjax beside this one (`pip install --no-build-isolation`)"
+                )
+            return library
     return "its C++ library was not built: install pbjax where there is a C++17 compiler"
+
+
+def _interface() -> tuple[int, int]:
+    """The version of XLA's foreign function interface in the JAX that runs, as its headers say.
+
+    It takes libraries of older versions. Others it refuses when they are registered, and every product with them.
+    """
+    try:
+        header = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
+    except OSError:  # a JAX without its headers
+        header = ""
+    numbers = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return int(numbers.get("MAJOR", sys.maxsize)), int(numbers.get("MINOR", 0))
 
 
 @functools.cache

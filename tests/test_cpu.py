@@ -6,7 +6,11 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+import platform
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +125,26 @@ def test_float_sums_do_not_depend_on_threads(case, instructions):
         np.testing.assert_array_equal(run(x, given.words, given.scale, given.counts), first)
 
 
+QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or QEMU is None, reason="no QEMU that emulates other processors")
+@pytest.mark.parametrize(
+    ("processor", "instructions"), [("Nehalem", "portable"), ("SandyBridge", "portable"), ("Haswell", "avx2 portable")]
+)
+def test_older_processors_are_asked_first(processor, instructions):
+    """Finding the instructions of a machine needs none that it may not have; QEMU refuses those, as machines do."""
+    code = (
+        "import ctypes, sys; names = ctypes.CDLL(sys.argv[1]).PbjaxInstructions; names.restype = ctypes.c_char_p;"
+        "print(names().decode())"
+    )
+    library = cpu._load()
+    assert not isinstance(library, str)
+    command = [QEMU, "-cpu", processor, sys.executable, "-I", "-c", code, library._name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, instructions), done.stderr
+
+
 def test_unknown_instructions_are_an_error():
     case = dataclasses.replace(CASES[0], k=40, n=3)
     given = operands(case)
@@ -149,6 +173,25 @@ def test_library_that_is_missing_or_broken(monkeypatch, tmp_path, content, reaso
     monkeypatch.setattr(cpu.cpu_kernels, "__path__", [str(tmp_path)])
     monkeypatch.setattr(cpu.sys, "path", [])
     assert re.match(reason, cpu._load.__wrapped__())
+
+
+def test_library_of_another_version_of_pbjax(monkeypatch, tmp_path):
+    """Another shared object, which has none of its functions."""
+    shutil.copy(np.random.mtrand.__file__, tmp_path / "_native.so")
+    monkeypatch.setattr(cpu.cpu_kernels, "__path__", [str(tmp_path)])
+    assert re.match(r"its C\+\+ library cannot be loaded: .*PbjaxInstructions", str(cpu._load.__wrapped__()))
+
+
+def test_library_built_with_a_newer_jax(monkeypatch):
+    """XLA would refuse it with every product."""
+    assert (0, 0) < cpu._interface() < (1000, 0)  # found in the headers
+    monkeypatch.setattr(cpu, "_interface", lambda: (0, 0))
+    assert re.match(r"its C\+\+ library was built with a newer JAX than this one: ", str(cpu._load.__wrapped__()))
+
+
+def test_jax_without_headers_takes_any_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu.jax.ffi, "include_dir", lambda: str(tmp_path))
+    assert cpu._interface() > (1000, 0)
 
 
 def test_export_needs_an_allowance():

@@ -76,7 +76,7 @@ int64_t RowBytes(const Problem& problem) {
 
 Panel MakePanel(const Problem& problem, const Operands& operands, const Kernels& kernels, Scheduler& scheduler,
                 const std::vector<Segment>& segments, int64_t rows, const int64_t* source, const int32_t* counts,
-                bool with_tables, Scratch& scratch) {
+                int64_t first_lookup, Scratch& scratch) {
   const int limbs = problem.limbs();
   const bool is_float = limbs == 0;
   const int64_t words = problem.num_words(), padded_k = words * kWordBits;
@@ -86,10 +86,11 @@ Panel MakePanel(const Problem& problem, const Operands& operands, const Kernels&
   panel.source = source;
   panel.counts = counts;
   panel.limb_stride = padded_k + 64;
+  panel.first_lookup = first_lookup;
   const int64_t limb_bytes = rows * limbs * panel.limb_stride, num_sums = rows * num_segments * limbs;
   const int64_t num_values = is_float ? rows * padded_k : 0;
-  const int64_t table_bytes = with_tables ? rows * words * limbs * kTableBytes : 0;
-  const int64_t table_floats = with_tables && is_float ? rows * words * kTableFloats : 0;
+  const int64_t table_bytes = (rows - first_lookup) * words * limbs * kTableBytes;
+  const int64_t table_floats = is_float ? (rows - first_lookup) * words * kTableFloats : 0;
   scratch.Start(Scratch::Bytes<uint8_t>(limb_bytes) + Scratch::Bytes<int32_t>(num_sums) +
                 Scratch::Bytes<float>(num_values) + Scratch::Bytes<uint8_t>(table_bytes) +
                 Scratch::Bytes<float>(table_floats) + 2 * Scratch::Bytes<float>(rows));
@@ -124,12 +125,13 @@ Panel MakePanel(const Problem& problem, const Operands& operands, const Kernels&
                         (segments[s].stop - segments[s].start) * kWordBits, limb == 0);
       }
     }
-    if (!with_tables) return;
+    const int64_t lookup = row - first_lookup;
+    if (lookup < 0) return;
     if (is_float) {
-      kernels.make_float_tables(panel.values + row * padded_k, words, panel.float_tables + row * words * kTableFloats);
+      kernels.make_float_tables(panel.values + row * padded_k, words, panel.float_tables + lookup * words * kTableFloats);
     }
     if (limbs > 0) {
-      kernels.make_tables(bytes, panel.limb_stride, limbs, words, panel.tables + row * words * limbs * kTableBytes);
+      kernels.make_tables(bytes, panel.limb_stride, limbs, words, panel.tables + lookup * words * limbs * kTableBytes);
     }
   };
   const int64_t rows_per_task = std::max<int64_t>(1, kPrepareWork / std::max<int64_t>(1, padded_k));

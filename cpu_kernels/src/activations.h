@@ -30,16 +30,18 @@ struct Panel {
   uint8_t* limbs;           // [rows][limbs][limb_stride]
   int32_t* limb_sums;       // [rows][segments][limbs]
   float* values;            // [rows][padded_k], float activations
-  uint8_t* tables;          // [rows][words][limbs][kTableBytes], where a lookup is to be
-  float* float_tables;      // [rows][words][kTableFloats], the same
+  int64_t first_lookup;     // row from which on there are tables
+  uint8_t* tables;          // [rows - first_lookup][words][limbs][kTableBytes]
+  float* float_tables;      // [rows - first_lookup][words][kTableFloats]
   float* unit;              // [rows]
   float* poison;            // [rows]: NaN where a row is not finite, else -0, which changes no sum
 };
 
-// The activations of these rows of operands.x, in memory of `scratch`. Rows are prepared in parallel.
+// The activations of these rows of operands.x, in memory of `scratch`, with tables of those from `first_lookup` on. Rows
+// are prepared in parallel.
 Panel MakePanel(const Problem& problem, const Operands& operands, const Kernels& kernels, Scheduler& scheduler,
                 const std::vector<Segment>& segments, int64_t rows, const int64_t* source, const int32_t* counts,
-                bool with_tables, Scratch& scratch);
+                int64_t first_lookup, Scratch& scratch);
 
 // Bytes of one row in a panel, about.
 int64_t RowBytes(const Problem& problem);

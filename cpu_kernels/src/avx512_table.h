@@ -1,6 +1,5 @@
 // The table of AVX-512, once for each set of its extensions: PBJAX_TABLE is the function that returns it, PBJAX_NAME its
-// name, PBJAX_SUPPORTED whether the machine has the extensions, PBJAX_TILES is defined for those with tiles. Included by
-// kernels_avx512*.cc, each compiled with its own.
+// name, PBJAX_TILES is defined for those with tiles. Included by kernels_avx512*.cc, each compiled with its own.
 #include "kernels.h"
 
 #if defined(PBJAX_COMPILED)
@@ -46,9 +45,7 @@ const Kernels* PBJAX_TABLE() {
     table.num_choices = sizeof kChoices / sizeof *kChoices;
     return table;
   }();
-  static const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && PBJAX_SUPPORTED;
-  return supported ? &kernels : nullptr;
+  return &kernels;
 }
 
 }  // namespace pbjax

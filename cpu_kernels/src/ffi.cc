@@ -93,6 +93,9 @@ auto Binding() {
 #pragma GCC visibility push(default)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PbjaxBitMatmul, pbjax::BitMatmul, Binding());
 
+// The version of XLA's interface that this library speaks: 1000 * major + minor.
+extern "C" int PbjaxInterface() { return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR; }
+
 // The names of the kernels that run on this machine, best first, separated by spaces.
 extern "C" const char* PbjaxInstructions() {
   static const std::string names = [] {

@@ -134,14 +134,15 @@ constexpr int64_t kStreamRows = 16;      // of stream
 constexpr int64_t kTableBytes = 256;     // of one word of k and one limb
 constexpr int64_t kTableFloats = 8 * 16;  // of one word of k
 
-// The tables that this program holds, best first, and whether this machine can run them.
+// The tables that this program holds, null where not compiled in. Compiled with the instructions of their kernels, they are
+// for FindTables to call, which asks first whether the machine has these.
 const Kernels* PortableKernels();
-const Kernels* Avx2Kernels();    // null where not compiled in or not supported by the machine
-const Kernels* AmxKernels();     // the same; with AVX-512's VNNI, GFNI and VBMI, and tiles
-const Kernels* Avx512Kernels();  // with VNNI, GFNI and VBMI
+const Kernels* Avx2Kernels();        // with FMA
+const Kernels* AmxKernels();         // with AVX-512's VNNI, GFNI and VBMI, and tiles
+const Kernels* Avx512Kernels();      // with VNNI, GFNI and VBMI
 const Kernels* Avx512VnniKernels();  // with VNNI
 const Kernels* Avx512BaseKernels();  // with BW, DQ and VL only
-const Kernels* NeonKernels();    // the same
+const Kernels* NeonKernels();        // with dot products
 
 // All that run on this machine, best first; up to kMaxTables.
 constexpr int kMaxTables = 8;

@@ -197,8 +197,7 @@ const Kernels* Avx2Kernels() {
     table.float_dot = FloatDot;
     return table;
   }();
-  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return supported ? &kernels : nullptr;
+  return &kernels;
 }
 
 }  // namespace pbjax

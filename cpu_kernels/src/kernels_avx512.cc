@@ -1,7 +1,6 @@
 // AVX-512 with VNNI, GFNI and VBMI: Ice Lake, Zen 4 and later.
 #define PBJAX_TABLE Avx512Kernels
 #define PBJAX_NAME "avx512"
-#define PBJAX_SUPPORTED (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi"))
 #if defined(__AVX512VNNI__) && defined(__GFNI__) && defined(__AVX512VBMI__)
 #define PBJAX_COMPILED
 #endif

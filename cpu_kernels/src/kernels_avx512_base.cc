@@ -1,7 +1,6 @@
 // AVX-512 as Skylake has it.
 #define PBJAX_TABLE Avx512BaseKernels
 #define PBJAX_NAME "avx512_base"
-#define PBJAX_SUPPORTED (true)
 #if defined(__AVX512BW__)
 #define PBJAX_COMPILED
 #endif

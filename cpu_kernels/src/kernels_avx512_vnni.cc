@@ -1,7 +1,6 @@
 // AVX-512 with VNNI, but not GFNI: Cascade Lake, Cooper Lake.
 #define PBJAX_TABLE Avx512VnniKernels
 #define PBJAX_NAME "avx512_vnni"
-#define PBJAX_SUPPORTED (__builtin_cpu_supports("avx512vnni"))
 #if defined(__AVX512VNNI__)
 #define PBJAX_COMPILED
 #endif

@@ -7,10 +7,6 @@
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
-
 namespace pbjax {
 #include "common_kernels.h"
 #include "generic_kernels.h"
@@ -51,14 +47,6 @@ void Dot(const uint8_t* codes, int64_t words, int64_t width, uint8_t mask, const
   }
 }
 
-bool HasDotProducts() {
-#if defined(__linux__)
-  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-#else
-  return true;  // every Apple processor of this architecture
-#endif
-}
-
 }  // namespace
 
 const Kernels* NeonKernels() {
@@ -70,8 +58,7 @@ const Kernels* NeonKernels() {
     table.float_dot = GenericFloatDot;
     return table;
   }();
-  static const bool supported = HasDotProducts();
-  return supported ? &kernels : nullptr;
+  return &kernels;
 }
 
 }  // namespace pbjax

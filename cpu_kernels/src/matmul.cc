@@ -72,10 +72,12 @@ class Product {
   void RunPanel(int64_t rows, const int64_t* source, const int32_t* counts, Scratch& scratch) {
     const std::vector<RowBlock> blocks =
         MakeRowBlocks(problem_, kernels_, operands_.y, rows, source, counts, limit_);
-    const bool with_tables = std::any_of(blocks.begin(), blocks.end(),
-                                         [](const RowBlock& block) { return block.method == Method::kLookup; });
+    const auto lookup = std::find_if(blocks.begin(), blocks.end(),
+                                     [](const RowBlock& block) { return block.method == Method::kLookup; });
+    // Often the last block only, which has fewer rows than the others.
+    const int64_t first_lookup = lookup == blocks.end() ? rows : lookup->first_row;
     const Panel panel = MakePanel(problem_, operands_, kernels_, scheduler_, segments_, rows, source, counts,
-                                  with_tables, scratch);
+                                  first_lookup, scratch);
     const int64_t width = Width(blocks, rows), num_blocks = static_cast<int64_t>(blocks.size());
     const int64_t tasks = (problem_.n + width - 1) / width * num_blocks;
     const auto run = [&](int64_t task, int64_t shares) {
@@ -259,7 +261,8 @@ class Product {
     for (int64_t word = start; word < stop; word += block_words) {
       const int64_t end = std::min(word + block_words, stop);
       ForRows(block, column, sums, row_size, [&](int64_t row, int layers, int32_t* its) {
-        const uint8_t* tables = task.panel.tables + (row * problem_.num_words() + word) * limbs_ * kTableBytes;
+        const int64_t place = (row - task.panel.first_lookup) * problem_.num_words() + word;
+        const uint8_t* tables = task.panel.tables + place * limbs_ * kTableBytes;
         kernels_.lookup(Words(task, column, layers, word, end), tables, limbs_, its, layer_stride, task.width);
       });
     }
@@ -332,7 +335,8 @@ class Product {
     for (int64_t word = start; word < stop; word += block_words) {
       const int64_t end = std::min(word + block_words, stop);
       ForRows(block, 0, sums, task.width, [&](int64_t row, int layers, float* its) {
-        const float* tables = task.panel.float_tables + (row * problem_.num_words() + word) * kTableFloats;
+        const int64_t place = (row - task.panel.first_lookup) * problem_.num_words() + word;
+        const float* tables = task.panel.float_tables + place * kTableFloats;
         kernels_.float_lookup(Words(task, 0, layers, word, end), tables, its, block.rows * task.width);
       });
     }

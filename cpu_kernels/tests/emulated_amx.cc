@@ -1,7 +1,6 @@
 // The kernels for AMX with their tiles written out, for machines that have none, and for sanitizers.
 #define PBJAX_TABLE EmulatedAmxKernels
 #define PBJAX_NAME "avx512_amx, emulated"
-#define PBJAX_SUPPORTED (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi"))
 #define PBJAX_TILES
 #define PBJAX_EMULATED_TILES
 #if defined(__AVX512VNNI__) && defined(__GFNI__) && defined(__AVX512VBMI__)
