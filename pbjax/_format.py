@@ -28,8 +28,10 @@ MAX_GROUP = 2**20
 # Bits behind the point of w / s in these sums: |w / s| < 4 even where it is clipped, |odd| <= 7, products below 2**31.
 _POINT = 26
 
-# Elements of a weight that are quantized at a time: intermediates take some 30 bytes for each.
-_BLOCK_ELEMENTS = 2**20
+# Elements of a weight that are quantized at a time: few, so that intermediates, about 70 bytes each, stay in the cache.
+# But blocks of fewer than 64 channels are read in runs that are too short, so that a long k takes more.
+_BLOCK_ELEMENTS, _MAX_BLOCK_ELEMENTS = 2**18, 2**20
+_BLOCK_CHANNELS = 64
 
 # Candidate clipping points of `clip_bits`, as fractions of max|w|. At 4 bits the best one for a Gaussian is near 0.75.
 _CLIP_FRACTIONS = tuple(1 - 0.02 * i for i in range(36))
@@ -69,7 +71,7 @@ def quantize_in_blocks(
     For weights on one device: slicing an axis that is sharded would gather it.
     """
     k, n = weight.shape
-    block_n = max(1, _BLOCK_ELEMENTS // k)
+    block_n = max(1, min(_BLOCK_CHANNELS, _MAX_BLOCK_ELEMENTS // k), _BLOCK_ELEMENTS // k // 16 * 16)
     num_blocks = n // block_n
     if num_blocks < 2:
         return quantize(weight, bits, group_size, clip_bits)
@@ -148,40 +150,39 @@ def _scales(weight: jax.Array, magnitude: jax.Array, codes: jax.Array, bits: int
     """
     ratio = jnp.rint(_ratio(weight, magnitude, group_size) * 2.0**_POINT).astype(jnp.int32)
     square = _sum_of_squares(ratio, group_size)
-    rows = []
-    for b in range(1, min(bits, NUM_SCALES - 1) + 1):
-        odd = 2 * (codes >> (bits - b)).astype(jnp.int32) + 1 - 2**b  # v_b * 2**b
-        product = ratio * odd
-        # Negative, and then -14 or more, where w is: next to 0, where `encode` rounds w / s + 1 to 1.
-        wrong_sign = group_sum(jnp.minimum(product, 0), group_size).astype(jnp.float32)
-        projection = _sum_of_products(jnp.maximum(product, 0), group_size) + wrong_sign
-        energy = group_sum(odd * odd, group_size).astype(jnp.float32)
-        unbiased = square / jnp.maximum(projection, 1) * 2.0 ** (b - _POINT)
-        scale = jnp.minimum(unbiased, projection / energy * 2.0 ** (b + 1 - _POINT)) * magnitude
-        rows.append(jnp.minimum(scale, jnp.finfo(jnp.float32).max))
-    if bits >= NUM_SCALES:
-        rows.append(magnitude)
-    return jnp.stack(rows)
+    # All b together: compiling takes as long as there are reductions.
+    b = jnp.arange(1, min(bits, NUM_SCALES - 1) + 1, dtype=jnp.int32)[:, None, None]
+    odd = 2 * (codes[None] >> (bits - b).astype(jnp.uint32)).astype(jnp.int32) + 1 - (1 << b)  # v_b * 2**b
+    product = ratio[None] * odd
+    # Negative, and then -14 or more, where w is: next to 0, where `encode` rounds w / s + 1 to 1.
+    wrong_sign = group_sum(jnp.minimum(product, 0), group_size).astype(jnp.float32)
+    projection = _sum_of_products(jnp.maximum(product, 0), group_size) + wrong_sign
+    energy = group_sum(odd * odd, group_size).astype(jnp.float32)
+    unbiased = square[None] / jnp.maximum(projection, 1) * power_of_two(b - _POINT)
+    scale = jnp.minimum(unbiased, projection / energy * power_of_two(b + 1 - _POINT)) * magnitude[None]
+    scale = jnp.minimum(scale, jnp.finfo(jnp.float32).max)
+    return scale if bits < NUM_SCALES else jnp.concatenate([scale, magnitude[None]])
 
 
 def _sum_of_products(value: jax.Array, group_size: int | None) -> jax.Array:
-    """Sums of numbers 0..2**31 - 1 within each group, exact but for the last additions: int32[k, n] -> f32[groups, n].
+    """Sums within each group, exact but for the last additions: int32[..., k, n] -> f32[..., groups, n].
 
-    Numbers are taken apart so that sums of their parts fit into 32 bits. Products with powers of two are exact, so that
-    no way of compiling the additions rounds another time.
+    Numbers, 0..2**31 - 1, are taken apart so that sums of their parts fit into 32 bits. Products with powers of two are
+    exact, so that no way of compiling the additions rounds another time.
     """
     width = 32 - _group_length(value, group_size).bit_length()
-    total = jnp.float32(0)
-    for shift in reversed(range(0, 31, width)):
-        part = (value.astype(jnp.uint32) >> shift) & (2**width - 1)
-        total = total * 2.0**width + group_sum(part, group_size).astype(jnp.float32)
+    shifts = jnp.arange(0, 31, width, dtype=jnp.uint32).reshape(-1, *[1] * value.ndim)
+    parts = group_sum((value[None].astype(jnp.uint32) >> shifts) & (2**width - 1), group_size).astype(jnp.float32)
+    total = parts[-1]
+    for part in reversed(parts[:-1]):
+        total = total * 2.0**width + part
     return total
 
 
 def _sum_of_squares(value: jax.Array, group_size: int | None) -> jax.Array:
     """Sums of squares of numbers below 2**29 within each group: int32[k, n] -> f32[groups, n]; as above."""
     high, low = jnp.abs(value) >> 14, jnp.abs(value) & (2**14 - 1)
-    squares = [_sum_of_products(product, group_size) for product in (high * high, high * low, low * low)]
+    squares = _sum_of_products(jnp.stack([high * high, high * low, low * low]), group_size)
     return (squares[0] * 2.0**14 + squares[1] * 2.0) * 2.0**14 + squares[2]
 
 
@@ -217,22 +218,22 @@ def _best_clip(weight: jax.Array, magnitude: jax.Array, bits: int, group_size: i
 
 def _group_length(value: jax.Array, group_size: int | None) -> int:
     """The k that share a scale, the last group's padding included."""
-    return value.shape[0] if group_size is None else group_size
+    return value.shape[-2] if group_size is None else group_size
 
 
 def group_sum(value: jax.Array, group_size: int | None) -> jax.Array:
-    """Sums k within each group: [k, n] -> [groups, n]."""
+    """Sums k within each group: [..., k, n] -> [..., groups, n]."""
     return _group_reduce(jnp.sum, value, group_size)
 
 
 def _group_reduce(reduce, value: jax.Array, group_size: int | None) -> jax.Array:
-    """Reduces k within each group: [k, n] -> [groups, n]. The last group may be short."""
+    """Reduces k within each group: [..., k, n] -> [..., groups, n]. The last group may be short."""
     if group_size is None:
-        return reduce(value, axis=0, keepdims=True, initial=0)
-    k, n = value.shape
+        return reduce(value, axis=-2, keepdims=True, initial=0)
+    *batch, k, n = value.shape
     groups = num_groups(k, group_size)
-    value = jnp.pad(value, ((0, groups * group_size - k), (0, 0)))
-    return reduce(value.reshape(groups, group_size, n), axis=1, initial=0)
+    value = jnp.pad(value, [(0, 0)] * len(batch) + [(0, groups * group_size - k), (0, 0)])
+    return reduce(value.reshape(*batch, groups, group_size, n), axis=-2, initial=0)
 
 
 def _spread(value: jax.Array, k: int, group_size: int | None) -> jax.Array:
