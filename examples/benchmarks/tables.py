@@ -96,7 +96,7 @@ def cpu_few_rows(file: str = "cpu.csv") -> str:
 
 
 def cpu_machine(file: str = "cpu.csv") -> str:
-    """Where they were measured."""
+    """Where the rows were measured."""
     rows = [row for row in read(file) if row["method"] != "read"]
     return machine(rows, "date", "cpu", "threads", "cache")
 
