@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 import pbjax
+from tests.cases import normal
 
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (6, 48))
+X = normal(6, 48, seed=1)
 SHAPES = {"a": (48, 40), "b": (48, 8), "c": (48, 24)}
 BITS = 6
 
@@ -22,10 +23,7 @@ def apart(params, x):
 
 
 # Outputs differ in size by a factor of 4 each: layers of very different sensitivity.
-PARAMS = {
-    name: 4.0**i * jax.random.normal(jax.random.fold_in(KEY, i), shape)
-    for i, (name, shape) in enumerate(SHAPES.items())
-}
+PARAMS = {name: 4.0**i * normal(*shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
 QPARAMS = pbjax.quantize(PARAMS, BITS, fn=apart, args=(X,))
 APART = pbjax.quantized(apart)
 

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import pbjax
 
@@ -17,6 +19,11 @@ jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 H200 = jax.sharding.AbstractMesh(
     (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 )
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    """Standard normal numbers, other ones for each shape. NumPy draws them; JAX would compile that for each shape."""
+    return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape), dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

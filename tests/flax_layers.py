@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import pbjax
+from tests.cases import normal
 
 KEY = jax.random.key(0)
-X = jax.random.normal(KEY, (4, 5, 32))
-IMAGE = jax.random.normal(KEY, (2, 5, 4, 3))
+X = normal(4, 5, 32)
+IMAGE = normal(2, 5, 4, 3)
 TOKENS = jnp.arange(6).reshape(2, 3)
 CARRY = (X[:, 0], X[:, 1])
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+from tests.cases import normal
+
 KEY = jax.random.key(0)
 
 
@@ -78,8 +80,8 @@ def _linen(name: str, module: nn.Module, x: jax.Array, layouts, as_floats=()) ->
 
 
 def _plain(name: str, fn, weight_shape, x_shape, layout, as_floats=()) -> Model:
-    params = {"w": jax.random.normal(KEY, weight_shape) / 4}
-    x = jax.random.normal(jax.random.key(1), x_shape)
+    params = {"w": normal(*weight_shape) / 4}
+    x = normal(*x_shape, seed=1)
     return Model(name=name, fn=fn, params=params, args=(x,), layouts=(layout,), as_floats=as_floats)
 
 
@@ -124,14 +126,14 @@ def _mixed_precision(params, x):
 
 def models() -> list[Model]:
     """The table; made anew, so that tests cannot spoil each other's parameters."""
-    x = jax.random.normal(KEY, (4, 32))
-    sequence = jax.random.normal(KEY, (2, 5, 16))
+    x = normal(4, 32)
+    sequence = normal(2, 5, 16)
     tokens = jnp.arange(6).reshape(2, 3)
     graphdef, state = nnx.split(NnxMLP(nnx.Rngs(0)))
     dense = ((), (0,))
     return [
         _linen("mlp", MLP(), x, (dense, dense)),
-        _linen("conv", ConvNet(), jax.random.normal(KEY, (2, 8, 8, 3)), (((), (0, 1, 2)), dense)),
+        _linen("conv", ConvNet(), normal(2, 8, 8, 3), (((), (0, 1, 2)), dense)),
         _linen("lstm", nn.RNN(nn.OptimizedLSTMCell(24)), sequence, (dense,) * 8),
         _linen("gru", nn.RNN(nn.GRUCell(24)), sequence, (dense,) * 6),
         _linen(

@@ -20,7 +20,6 @@ from tests import models
 from tests.allocations import (
     APART,
     BITS,
-    KEY,
     PARAMS,
     QPARAMS,
     SHAPES,
@@ -31,6 +30,7 @@ from tests.allocations import (
     run_module,
     tensors_of,
 )
+from tests.cases import normal
 
 
 class TestBestOfAll:
@@ -151,7 +151,7 @@ def test_every_kind_of_tree(name):
 
 def test_nnx_module():
     model = pbjax.nnx.quantize(models.NnxMLP(nnx.Rngs(0)), 6)
-    allocation = allocate(run_module, model, jax.random.normal(KEY, (5, 32)), average=3)
+    allocation = allocate(run_module, model, normal(5, 32), average=3)
     assert list(allocation.bitlayers) == ["^first/kernel$", "^second/kernel$"]
     pbjax.with_bitlayers(model, allocation.bitlayers)(jnp.ones((1, 32)))
 
@@ -196,14 +196,14 @@ def test_what_is_chosen_can_be_stored_alone():
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_all_bitlayers_have_no_error(batch_size):
     """Although the programs that measure them may round other than the one that they are measured against."""
-    params = {str(i): jax.random.normal(jax.random.fold_in(KEY, i), (64, 64)) / 8 for i in range(3)}
+    params = {str(i): normal(64, 64, seed=i) / 8 for i in range(3)}
 
     def fn(params, x):
         for w in params.values():
             x = jnp.tanh(x @ w)
         return x
 
-    x = jax.random.normal(KEY, (16, 64))
+    x = normal(16, 64)
     qparams = pbjax.quantize(params, 8, fn=fn, args=(x,))
     chosen = allocate(pbjax.quantized(fn), qparams, x, tolerance=0.0, batch_size=batch_size)
     assert numbers_of(chosen) == (8, 8, 8)
@@ -250,7 +250,9 @@ class TestMetric:
         assert allocation.metric == "increase"
         assert numbers_of(allocation)[:2] == (1, 1) or allocation.measured_error <= 0  # only c matters
         tree = pbjax.with_bitlayers(QPARAMS, allocation.bitlayers)
-        np.testing.assert_allclose(allocation.measured_error, loss(tree, X) - loss(QPARAMS, X), rtol=1e-3, atol=1e-3)
+        reference = loss(QPARAMS, X)  # its sum is rounded in one order here, in another there
+        expected = loss(tree, X) - reference
+        np.testing.assert_allclose(allocation.measured_error, expected, rtol=1e-3, atol=1e-6 * reference)
 
 
 def test_compiles_once():

@@ -14,6 +14,7 @@ import pytest
 import pbjax
 from cpu_kernels import bit_matmul as cpu
 from pbjax import _backends
+from tests.cases import normal
 
 PROBLEM = pbjax.Problem(m=2, k=40, n=3, bits=4, group_size=None, activation_bits=8)
 # What runs on the machine of the tests where nobody chooses.
@@ -47,7 +48,7 @@ def spy(monkeypatch):
 
 
 def weight(k=40):
-    return pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (k, 3))}, 4, activation_bits=8)["kernel"]
+    return pbjax.quantize({"kernel": normal(k, 3)}, 4, activation_bits=8)["kernel"]
 
 
 def test_automatic_is_the_first_that_can():
@@ -147,7 +148,7 @@ def test_context_is_left_by_an_error():
 def test_context_is_part_of_the_key_of_jit(spy):
     """A function jitted and called outside is traced again inside, and not once more outside."""
     f = jax.jit(lambda x, w: pbjax.matmul(x, w))  # a function of its own: jit's cache belongs to the function
-    x, w = jax.random.normal(jax.random.key(1), (2, 40)), weight()
+    x, w = normal(2, 40, seed=1), weight()
     with pbjax.use_backend("xla"):
         expected = f(x, w)
     assert not spy
@@ -165,7 +166,7 @@ def test_context_is_part_of_the_key_of_jit(spy):
 
 def test_choice_is_settled_where_the_product_is_called(spy):
     """Transforms may run their rules in another context: the one around the call counts."""
-    x, w = jax.random.normal(jax.random.key(1), (2, 40)), weight()
+    x, w = normal(2, 40, seed=1), weight()
 
     def product(x):
         with pbjax.use_backend("spy"):
@@ -289,7 +290,7 @@ def few_rows(monkeypatch):
 @pytest.mark.usefixtures("few_rows")
 def test_automatic_choice_is_that_of_all_rows_of_a_vmap():
     """What is chosen for one example may not run all of them."""
-    w, x = weight(), jax.random.normal(jax.random.key(1), (8, 40))
+    w, x = weight(), normal(8, 40, seed=1)
     each = jax.vmap(lambda row: pbjax.matmul(row, w))
     step = np.float32(np.abs(np.asarray(x[:3])).max(axis=1) * 64 / 127)  # what integers are multiplied by
     np.testing.assert_allclose(each(x[:3]), np.repeat(step[:, None], 3, axis=1), rtol=1e-6)

@@ -14,6 +14,7 @@ from jax import lax
 import pbjax
 from pbjax import _conv
 from tests import cases
+from tests.cases import normal
 
 KEY = jax.random.key(0)
 
@@ -55,7 +56,7 @@ def assert_close(actual, expected, relative):
 )
 def test_equals_the_convolution_with_the_dequantized_kernel(name, activation_bits):
     layer, shape = LAYERS[name]
-    x = jax.random.normal(KEY, shape)
+    x = normal(*shape)
     variables = cases.jit_once(layer.init)(KEY, x)
     qvariables = pbjax.quantize(variables, 8, fn=layer.apply, args=(x,), activation_bits=activation_bits)
     qvariables = pbjax.with_bitlayers(qvariables, 5)
@@ -86,7 +87,7 @@ def patches_of(x, kernel_shape, **params):
     ],
 )
 def test_equals_matmul_of_patches_bit_for_bit(params, block_bytes, monkeypatch):
-    x, kernel = jax.random.normal(KEY, (3, 9, 8, 5)), jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
+    x, kernel = normal(3, 9, 8, 5), normal(3, 3, 5, 7, seed=1)
     if block_bytes is not None:
         monkeypatch.setattr(_conv, "_BLOCK_BYTES", block_bytes)
 
@@ -100,7 +101,7 @@ def test_equals_matmul_of_patches_bit_for_bit(params, block_bytes, monkeypatch):
 
 
 def test_groups_are_products_of_their_own_bit_for_bit():
-    x, kernel = jax.random.normal(KEY, (2, 6, 5, 6)), jax.random.normal(jax.random.key(1), (3, 3, 3, 8))
+    x, kernel = normal(2, 6, 5, 6), normal(3, 3, 3, 8, seed=1)
 
     def convolve(kernel, x):
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -120,7 +121,7 @@ def test_groups_are_products_of_their_own_bit_for_bit():
 
 def test_any_order_of_dimensions_and_vmap():
     """Channels first, output features first in the kernel, mapped over examples and over a stack of kernels."""
-    x, kernels = jax.random.normal(KEY, (2, 3, 4, 9)), jax.random.normal(jax.random.key(1), (2, 6, 4, 3))
+    x, kernels = normal(2, 3, 4, 9), normal(2, 6, 4, 3, seed=1)
 
     def convolve(kernels, x):
         numbers = ("NCH", "OIH", "NCH")
@@ -148,7 +149,7 @@ def test_patches_of_a_large_image_are_made_in_blocks():
 
 
 def test_what_has_no_form_is_said():
-    x = jax.random.normal(KEY, (2, 6, 6, 4))
+    x = normal(2, 6, 6, 4)
     layer = nn.Conv(4, (3, 3), mask=jnp.ones((3, 3, 4, 4)))
     variables = layer.init(KEY, x)
     qvariables = pbjax.quantize(variables, 8)
@@ -160,14 +161,14 @@ def test_what_has_no_form_is_said():
         numbers = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, batch_group_count=2)
 
-    kernel = pbjax.quantize({"kernel": jax.random.normal(KEY, (3, 3, 4, 6))}, 8)["kernel"]
+    kernel = pbjax.quantize({"kernel": normal(3, 3, 4, 6)}, 8)["kernel"]
     with pytest.warns(pbjax.DequantizedWarning, match="conv_general_dilated"):
         actual = pbjax.quantized(grouped)(kernel, x)
     assert_close(actual, grouped(pbjax.dequantize(kernel), x), 1e-5)
 
 
 def test_gradient_with_respect_to_the_image():
-    layer, x = nn.Conv(5, (3, 3), strides=2), jax.random.normal(KEY, (2, 7, 6, 4))
+    layer, x = nn.Conv(5, (3, 3), strides=2), normal(2, 7, 6, 4)
     qvariables = pbjax.quantize(layer.init(KEY, x), 8, activation_bits=24)
     loss = lambda apply, variables: lambda x: jnp.sum(jnp.square(apply(variables, x)))  # noqa: E731
     with warnings.catch_warnings():

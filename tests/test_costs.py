@@ -27,6 +27,7 @@ from tests.allocations import (
     run_module,
     tensors_of,
 )
+from tests.cases import normal
 
 MODELS = {model.name: model for model in models.models()}
 
@@ -175,8 +176,8 @@ class TestProductSeconds:
             return jnp.tanh(p["e"][tokens] @ p["w"]) @ p["e"].T
 
         params = {
-            "e": jax.random.normal(jax.random.key(0), (100, 64)),
-            "w": jax.random.normal(jax.random.key(1), (64, 64)),
+            "e": normal(100, 64),
+            "w": normal(64, 64, seed=1),
         }
         tokens = jnp.arange(3)
         qparams = pbjax.quantize(params, 3, fn=fn, args=(tokens,))
@@ -198,7 +199,7 @@ class TestProductSeconds:
             return np.ones(4)
 
         monkeypatch.setattr("pbjax._allocation.seconds._measure", measure)
-        w = jax.random.normal(jax.random.key(0), (64, 64))
+        w = normal(64, 64)
         rules = {
             name: pbjax.Spec(bits=4, activation_bits=a) for name, a in {"a": 16, "b": None, "c": 8, "d": 8}.items()
         }

@@ -20,6 +20,7 @@ import pytest
 import pbjax
 from cpu_kernels import bit_matmul as cpu
 from pallas_kernels.bit_matmul import xla
+from tests.cases import normal
 from tests.test_product import Case, operands
 
 # Where it has to be there, as in CI, a build that failed is no run of skipped tests.
@@ -71,8 +72,8 @@ def test_sweep_of_large_blocks_is_exact(instructions):
 
 def test_rows_of_floats_are_finished_inside():
     """As the activations and the epilogue in JAX, to the last bit, for rows of all sizes and dtypes."""
-    w = pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (200, 33))}, 8, group_size=64)["kernel"]
-    x = jax.random.normal(jax.random.key(1), (6, 200)) * np.array([1, 3e-38, 1e-30, 1e20, 3e38, 0], np.float32)[:, None]
+    w = pbjax.quantize({"kernel": normal(200, 33)}, 8, group_size=64)["kernel"]
+    x = normal(6, 200, seed=1) * np.array([1, 3e-38, 1e-30, 1e20, 3e38, 0], np.float32)[:, None]
     for dtype, widths in ((jnp.float32, (2, 8, 16, 24)), (jnp.bfloat16, (8, 24)), (jnp.float16, (2, 16))):
         rows = x.astype(dtype)
         for bits in widths:
@@ -82,8 +83,8 @@ def test_rows_of_floats_are_finished_inside():
 
 def test_products_that_underflow_keep_their_sign():
     """Zeros have signs, and these are those of `xla`, too."""
-    w = pbjax.quantize({"kernel": 1e-25 * jax.random.normal(jax.random.key(0), (64, 16))}, 4)["kernel"]
-    x = 1e-22 * jax.random.normal(jax.random.key(1), (3, 64))
+    w = pbjax.quantize({"kernel": 1e-25 * normal(64, 16)}, 4)["kernel"]
+    x = 1e-22 * normal(3, 64, seed=1)
     ours, expected = (np.asarray(pbjax.matmul(x, w, activation_bits=8, backend=backend)) for backend in ("cpu", "xla"))
     assert not expected.any()
     assert 0 < np.signbit(expected).sum() < expected.size
@@ -196,8 +197,8 @@ def test_jax_without_headers_takes_any_library(monkeypatch, tmp_path):
 
 def test_export_needs_an_allowance():
     """The call is no part of what JAX promises to keep; with the allowance it gives the same bits."""
-    w = pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (70, 5))}, 4)["kernel"]
-    x = jax.random.normal(jax.random.key(1), (3, 70))
+    w = pbjax.quantize({"kernel": normal(70, 5)}, 4)["kernel"]
+    x = normal(3, 70, seed=1)
     product = jax.jit(lambda x: pbjax.matmul(x, w, backend="cpu"))
     with pytest.raises(ValueError, match="custom_call @pbjax_bit_matmul"):
         jax.export.export(product)(x)

@@ -18,6 +18,7 @@ import matplotlib as mpl
 import pytest
 
 import pbjax
+from tests.cases import normal
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -196,7 +197,7 @@ def test_docstrings_become_restructured_text():
 
 def test_the_drawn_bits_are_those_of_the_weight():
     figures = extension("figures")
-    w = jax.random.normal(jax.random.key(0), (40, 3))
+    w = normal(40, 3)
     tensor = pbjax.quantize({"kernel": w}, bits=5)["kernel"]
     digits = 2 * figures.bits_of(tensor).astype(float) - 1  # [bits, k, n]
     value = sum(digit * 0.5 ** (i + 1) for i, digit in enumerate(digits))

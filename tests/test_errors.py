@@ -11,14 +11,11 @@ from flax import nnx
 
 import pbjax
 from pbjax import _bit_tensor
+from tests.cases import normal
 
-W = pbjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (40, 3))}, 4)["kernel"]
-STACKED = pbjax.quantize(
-    {"kernel": jax.random.normal(jax.random.key(0), (2, 40, 3))}, 4, rules={"kernel": pbjax.Spec(stack=(0,))}
-)["kernel"]
-TWO_AXES = pbjax.quantize(
-    {"kernel": jax.random.normal(jax.random.key(0), (4, 10, 3))}, 4, rules={"kernel": pbjax.Spec(contract=(0, 1))}
-)["kernel"]
+W = pbjax.quantize({"kernel": normal(40, 3)}, 4)["kernel"]
+STACKED = pbjax.quantize({"kernel": normal(2, 40, 3)}, 4, rules={"kernel": pbjax.Spec(stack=(0,))})["kernel"]
+TWO_AXES = pbjax.quantize({"kernel": normal(4, 10, 3)}, 4, rules={"kernel": pbjax.Spec(contract=(0, 1))})["kernel"]
 X = jnp.ones((2, 5, 40))
 PROBLEM = pbjax.Problem(m=2, k=40, n=3, bits=4, group_size=None, activation_bits=8)
 

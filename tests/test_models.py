@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax import nnx
 
 import pbjax
+from tests.cases import normal
 
 KEY = jax.random.key(0)
 WIDTH = 384  # a kernel of it is larger than everything else in the models below
@@ -182,8 +183,8 @@ def decoding() -> Case:
 
 
 def cases() -> dict[str, Callable[[], Case]]:
-    row, image = jax.random.normal(KEY, (1, WIDTH)), jax.random.normal(KEY, (1, 8, 8, 3))
-    sequence = jax.random.normal(KEY, (1, 4, WIDTH))
+    row, image = normal(1, WIDTH), normal(1, 8, 8, 3)
+    sequence = normal(1, 4, WIDTH)
     return {
         "linen_mlp": lambda: linen(LinenMLP(), row, 3),
         "nnx_mlp": lambda: of_nnx(NnxMLP, row, 3),
@@ -229,7 +230,7 @@ def num_products(compiled) -> Counter:
 @pytest.mark.parametrize("name", ["mlp", "lstm"])
 def test_as_many_products_as_with_layers_of_its_own(name):
     """Running an unmodified model adds time to tracing and nothing to the program."""
-    x = jax.random.normal(KEY, (1, 64))
+    x = normal(1, 64)
     if name == "mlp":
         flaxs, ours, args = LinenMLP(), LinenMLP(pbjax.linen.Dense), (x,)
     else:

@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels.bit_matmul import _int8_operands, activations, contract, limbs, mosaic, reference, triton
 from tests import cases, memory_watch
+from tests.cases import normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -45,7 +46,7 @@ CASES = {
 
 
 def rows(case: Case, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    x = jax.random.normal(jax.random.key(case.k), (case.m, case.k), jnp.float32)
+    x = normal(case.m, case.k, seed=case.k)
     return (x * jnp.exp2(jnp.arange(case.m, dtype=jnp.float32) % 4 * 37 - 60)[:, None]).astype(dtype)
 
 
@@ -89,7 +90,7 @@ def test_bits_are_those_of_xla(case):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats(dtype):
     case = dataclasses.replace(CASES["one_past_a_word"], m=1)
-    assert_packed(case, jax.random.normal(jax.random.key(0), (1, case.k), dtype))
+    assert_packed(case, normal(1, case.k, dtype=dtype))
 
 
 @pytest.mark.parametrize("activation_bits", [2, 8, 16, 24])
@@ -136,7 +137,7 @@ def test_products_finish_their_rows(group_size):
     case = dataclasses.replace(CASES["blocks_of_rows"], group_size=group_size)
     problem = case.problem
     words = jax.random.bits(jax.random.key(0), (case.bits, problem.num_words, case.n), jnp.uint32)
-    scale = jax.random.normal(jax.random.key(1), (4, problem.groups, case.n))
+    scale = normal(4, problem.groups, case.n, seed=1)
     packed, unit, poison = pack_triton(case, rows(case).at[2, 7].set(jnp.inf))
     last = jnp.full((case.m,), case.bits, jnp.int32), jnp.int32(case.bits)
     for run, bitlayers in zip((triton.matmul, triton.prefixes), last, strict=True):
@@ -185,7 +186,7 @@ def test_products_of_many_rows_finish_them(cut):
     case = dataclasses.replace(LIMBS["three_limbs_one_past_a_word"], bits=3)
     problem, config = case.problem, dataclasses.replace(triton.config_for(case.problem), **cut)
     words = jax.random.bits(jax.random.key(0), (case.bits, problem.num_words, case.n), jnp.uint32)
-    scale = jax.random.normal(jax.random.key(1), (case.bits, problem.groups, case.n))
+    scale = normal(case.bits, problem.groups, case.n, seed=1)
     counts = jnp.asarray(1 + np.arange(case.m) * 7 % case.bits, jnp.int32), jnp.int32(case.bits)
     packed, unit, poison = jax.jit(lambda x: triton.quantize_rows(problem, x, interpret=True))(
         rows(case).at[2, 7].set(jnp.inf)

@@ -16,6 +16,7 @@ import pbjax
 from pallas_kernels.bit_matmul import activations
 from pbjax import _backends
 from tests import cases, oracle
+from tests.cases import normal
 
 MIXED = "mixed"  # another number of bitlayers in every row
 
@@ -338,10 +339,6 @@ def bit_tensor(k, n, bits, group_size=None, activation_bits=16, dtype=jnp.float3
         group_size=group_size,
         activation_bits=activation_bits,
     )
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 matmul = jax.jit(pbjax.matmul, static_argnames=("activation_bits", "backend", "preferred_element_type"))

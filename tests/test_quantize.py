@@ -18,12 +18,9 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import pbjax
+from tests.cases import normal
 
 KEY = jax.random.key(0)
-
-
-def normal(*shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def is_tensor(leaf):

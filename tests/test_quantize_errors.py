@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 
 import pbjax
-
-
-def normal(*shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
-
+from tests.cases import normal
 
 PARAMS = {
     "params": {

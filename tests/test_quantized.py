@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 import pbjax
-from tests.models import KEY, MLP, Model, NnxMLP, models
+from tests.cases import normal
+from tests.models import MLP, Model, NnxMLP, models
 
 MODELS = {model.name: model for model in models()}
 FOLLOWED = [name for name, model in MODELS.items() if not model.as_floats]
@@ -163,7 +164,7 @@ def test_gradient_inside_the_function():
     def loss_gradient(params, x):
         return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ params["w"])))(x)
 
-    params, x = {"w": jax.random.normal(KEY, (16, 12))}, jax.random.normal(KEY, (4, 16))
+    params, x = {"w": normal(16, 12)}, normal(4, 16)
     qparams = pbjax.quantize(params, 8, fn=loss_gradient, args=(x,), activation_bits=24)
     actual = run_quietly(pbjax.quantized(loss_gradient), qparams, x)
     assert_trees_close(actual, loss_gradient(pbjax.dequantize(qparams), x), 1e-5)
@@ -180,7 +181,7 @@ def test_weights_that_loops_and_calls_return_as_they_came_stay_packed():
         w, x = jax.lax.cond(x[0, 0] > 0, jax.checkpoint(step), jax.jit(step), w, x)
         return w, x
 
-    params, x = {"w": jax.random.normal(KEY, (16, 16))}, jax.random.normal(KEY, (4, 16))
+    params, x = {"w": normal(16, 16)}, normal(4, 16)
     qparams = pbjax.quantize(params, 8, activation_bits=24, rules={"w": 8})
     with pytest.warns(pbjax.DequantizedWarning) as caught:
         w, y = jax.jit(pbjax.quantized(fn))(qparams, x)
@@ -238,7 +239,7 @@ def test_lookup_out_of_range_follows_its_mode():
     def pick(params, indices, mode):
         return params["w"].at[indices].get(mode=mode)
 
-    params, indices = {"w": jax.random.normal(KEY, (12, 16))}, jnp.array([[0, 11], [12, 40]])
+    params, indices = {"w": normal(12, 16)}, jnp.array([[0, 11], [12, 40]])
     qparams = pbjax.quantize(params, 8, rules={"w": pbjax.Spec(contract=(1,))})
     for mode in ("fill", "clip"):
         actual = pbjax.quantized(pick)(qparams, indices, mode)

@@ -15,12 +15,9 @@ from jax import lax
 import pbjax
 from pbjax import _backends
 from tests import cases, oracle
+from tests.cases import normal
 
 BITS, K, N = 6, 70, 3
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.bit_matmul import _triton_int8, _triton_order, contract, epilogue, reference, triton, xla
 from tests import cases, memory_watch, oracle
+from tests.cases import normal
 
 # JAX 0.11 and later say so at every lowering; there is no other lowering of `pallas_call` for a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -242,7 +243,7 @@ FLOAT = {
 
 def float_operands(case: Case, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     _, *rest = operands(case)
-    return jax.random.normal(jax.random.key(case.k), (case.m, case.k), dtype), *rest
+    return normal(case.m, case.k, seed=case.k, dtype=dtype), *rest
 
 
 def assert_close(case: Case, y: jax.Array, x: jax.Array, words: jax.Array, scale: jax.Array, bitlayers: jax.Array):
