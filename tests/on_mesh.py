@@ -1,7 +1,6 @@
 """What tests/test_mesh.py runs in processes of their own: only those can have several devices on the CPU.
 
-`python -m tests.on_mesh NAME ..` runs these functions on eight devices, `python -m tests.on_mesh processes ARGUMENT ..`
-one of two processes on four each.
+`python -m tests.on_mesh NAME` runs one function on eight devices, or in one of two processes on four each.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def make_mesh(axis_type=AxisType.Auto):
 
 
 def normal(*shape, seed=0):
-    return np.array(cases.normal(*shape, seed=seed))
+    return np.array(jax.random.normal(jax.random.key(seed), shape))
 
 
 def put(mesh, value, spec):
@@ -492,8 +491,4 @@ def processes(port, process_id, path):
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    if sys.argv[1] == "processes":
-        processes(*sys.argv[2:])
-    else:
-        for name in sys.argv[1:]:
-            globals()[name]()
+    globals()[sys.argv[1]](*sys.argv[2:])

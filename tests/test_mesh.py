@@ -1,4 +1,4 @@
-"""Meshes: cases run in processes of their own, see tests/on_mesh.py."""
+"""Meshes: each case runs in a process of its own, see tests/on_mesh.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ import pytest
 import pbjax
 from tests.on_mesh import K, N, normal, packed
 
-# Those of a line share a process, whose start takes as long as most of them do. A traceback names the one that fails.
 CASES = [
-    ("auto", "explicit", "transforms", "errors"),
-    ("long_k", "kernels", "quantize"),
-    ("shard_map", "shard_map_gradients", "model"),
-    ("files", "orbax", "random_sequences"),
+    "auto",
+    "explicit",
+    "transforms",
+    "long_k",
+    "kernels",
+    "shard_map",
+    "shard_map_gradients",
+    "quantize",
+    "model",
+    "errors",
+    "files",
+    "orbax",
+    "random_sequences",
 ]
 
 
@@ -36,9 +44,9 @@ def check(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, err[-4000:]
 
 
-@pytest.mark.parametrize("names", CASES, ids=", ".join)
-def test_on_eight_devices(names):
-    check(start(*names, devices=8))
+@pytest.mark.parametrize("case", CASES)
+def test_on_eight_devices(case):
+    check(start(case, devices=8))
 
 
 def test_in_two_processes(tmp_path):
