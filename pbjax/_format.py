@@ -28,7 +28,7 @@ MAX_GROUP = 2**20
 # Bits behind the point of w / s in these sums: |w / s| < 4 even where it is clipped, |odd| <= 7, products below 2**31.
 _POINT = 26
 
-# Elements of a weight that are quantized at a time: few, so that intermediates, about 70 bytes each, stay in the cache.
+# Elements of a weight that are quantized at a time: few, so that intermediates, some 80 bytes each, stay in the cache.
 # But blocks of fewer than 64 channels are read in runs that are too short, so that a long k takes more.
 _BLOCK_ELEMENTS, _MAX_BLOCK_ELEMENTS = 2**18, 2**20
 _BLOCK_CHANNELS = 64

@@ -11,7 +11,6 @@ import numpy as np
 import pbjax
 from tests.cases import normal
 
-KEY = jax.random.key(0)
 X = normal(6, 48, seed=1)
 SHAPES = {"a": (48, 40), "b": (48, 8), "c": (48, 24)}
 BITS = 6

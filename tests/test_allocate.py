@@ -241,7 +241,7 @@ class TestMetric:
 
     def test_function(self):
         def loss(qparams, x):
-            return jnp.square(APART(qparams, x)["c"]).mean()
+            return jnp.abs(APART(qparams, x)["c"]).max()  # no sum, which compilers round in other orders
 
         def increase(y, reference):
             return y - reference
@@ -250,9 +250,7 @@ class TestMetric:
         assert allocation.metric == "increase"
         assert numbers_of(allocation)[:2] == (1, 1) or allocation.measured_error <= 0  # only c matters
         tree = pbjax.with_bitlayers(QPARAMS, allocation.bitlayers)
-        reference = loss(QPARAMS, X)  # its sum is rounded in one order here, in another there
-        expected = loss(tree, X) - reference
-        np.testing.assert_allclose(allocation.measured_error, expected, rtol=1e-3, atol=1e-6 * reference)
+        np.testing.assert_allclose(allocation.measured_error, loss(tree, X) - loss(QPARAMS, X), rtol=1e-3, atol=1e-3)
 
 
 def test_compiles_once():

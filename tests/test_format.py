@@ -267,10 +267,11 @@ def test_jit_equals_eager(group_size, clip_bits):
     jax.tree.map(np.testing.assert_array_equal, quantize(weight, 16, group_size, clip_bits), eager)
 
 
+@pytest.mark.parametrize(("k", "block_n"), [(4097, 64), (1000, 256), (2**15, 32)])
 @pytest.mark.parametrize("group_size", [None, 64])
-def test_in_blocks_equals_at_once(group_size):
-    """Four blocks of channels and a rest."""
-    weight = gaussian(4097, 4 * 64 + 3)
+def test_in_blocks_equals_at_once(group_size, k, block_n):
+    """Two blocks of channels and a rest."""
+    weight = gaussian(k, 2 * block_n + 3)
     in_blocks = jax.jit(_format.quantize_in_blocks, static_argnums=(1, 2, 3))(weight, 5, group_size, None)
     jax.tree.map(np.testing.assert_array_equal, in_blocks, quantize(weight, 5, group_size, None))
 
