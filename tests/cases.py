@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -15,10 +16,13 @@ import pbjax
 # would have optimized them. What users compile is tested as they compile it.
 jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# What JAX 0.11 and later lower kernels of Triton's for where there is no GPU.
-H200 = jax.sharding.AbstractMesh(
-    (), (), abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-)
+
+def h200():
+    """Within it JAX lowers kernels for a GPU where there is none. JAX 0.10 does without being told of a device."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):

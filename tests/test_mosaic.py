@@ -218,7 +218,7 @@ def test_lowers_for_cuda(name, sweep):
     run = mosaic.prefixes if sweep else mosaic.matmul
     shapes = jax.eval_shape(lambda: operands(p))
     last = jax.ShapeDtypeStruct(() if sweep else (p.m,), jnp.int32)
-    with jax.sharding.use_abstract_mesh(cases.H200):
+    with cases.h200():
         lowered = jax.jit(lambda *args: run(p, *args)).trace(*shapes, last).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 

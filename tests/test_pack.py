@@ -201,7 +201,7 @@ def test_products_of_many_rows_finish_them(cut):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_lowers_for_cuda(case):
-    with jax.sharding.use_abstract_mesh(cases.H200):
+    with cases.h200():
         for fn, config in ((mosaic.quantize_rows, None), (triton.quantize_rows, case.triton)):
             traced = jax.jit(lambda x, fn=fn, config=config: fn(case.problem, x, config=config)).trace(rows(case))
             assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -337,6 +337,6 @@ def test_lowers_for_cuda(case):
     *args, bitlayers = operands(case) if case.activation_bits else float_operands(case, jnp.float32)
     product = jax.jit(lambda *a: triton.matmul(case.problem, *a, config=case.config))
     sweep = jax.jit(lambda *a: triton.prefixes(case.problem, *a, config=case.config))
-    with jax.sharding.use_abstract_mesh(cases.H200):
+    with cases.h200():
         for traced in (product.trace(*args, bitlayers), sweep.trace(*args, bitlayers[0])):
             assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
