@@ -111,3 +111,12 @@ def triton_inline_asm(text: str, *words: jax.Array) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(signed[0].shape, jnp.int32)],
     )
     return out.astype(jnp.uint32)
+
+
+def mosaic_kernel(body: Callable[..., None], *, out_type: Any, scratch_types: Any, **arguments) -> Callable:
+    """`plgpu.kernel`, whose results and scratch memory had other names before JAX 0.10.2."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu  # where it is used: only products on a GPU need it
+
+    if jax.__version_info__ < (0, 10, 2):
+        return plgpu.kernel(body, out_shape=out_type, scratch_shapes=scratch_types, **arguments)
+    return plgpu.kernel(body, out_type=out_type, scratch_types=scratch_types, **arguments)

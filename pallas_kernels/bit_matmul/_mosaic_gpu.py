@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, scf, vector
 
+from pallas_kernels import _compat
 from pallas_kernels.bit_matmul import _mosaic_kernel
 
 # .and.popc, not .xor.popc: the first is one BMMA on sm_80 to sm_90, the second is emulated on sm_90.
@@ -39,7 +40,7 @@ def launch(plan: _mosaic_kernel.Plan, words: jax.Array, fragments: jax.Array, co
 
         body(*refs)
 
-    return plgpu.kernel(
+    return _compat.mosaic_kernel(
         bit_matmul,
         out_type=jax.ShapeDtypeStruct(plan.sums_shape, jnp.int32),
         scratch_types=scratch,
