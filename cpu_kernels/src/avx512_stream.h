@@ -41,10 +41,9 @@ PBJAX_INLINE inline void ForCodes(const uint32_t* words, int64_t layer_stride, _
   Unroll<L::kRegisters>([&](auto reg) PBJAX_INLINE {
     const Vector merged = Transpose(interleaved[reg]);
     Unroll<L::kPieces>([&](auto piece) PBJAX_INLINE {
+      constexpr int kShift = 8 - kDepth * (piece + 1), kMask = (1 << kDepth) - 1;
       Vector code = merged;
-      if constexpr (kDepth < 8) {
-        code = _mm512_and_si512(_mm512_srli_epi16(merged, 8 - kDepth * (piece + 1)), _mm512_set1_epi8((1 << kDepth) - 1));
-      }
+      if constexpr (kDepth < 8) code = Field<kShift, kMask>(merged);
       body(std::integral_constant<int, reg * L::kPieces + piece>(), code);
     });
   });
@@ -72,21 +71,24 @@ inline int32_t* FirstPlace(const uint32_t* words, int32_t* scratch) {
   return scratch + (to - from) % 4096 / 64 * 16;
 }
 
-// Words are prefetched a row less kLag blocks ahead: into sets whose lines are used up, since there are 12 in each and a
-// row has up to 8.
-template <int kLayers, int kLimbs>
-void StreamWord(const WordBlock& block, int64_t word, const LimbRows& row, int32_t* scratch) {
+// Up to 4 bitlayers of two words share what it takes to load and store the sums. Words are prefetched as many rows less kLag
+// blocks ahead: into sets whose lines are used up, since there are 12 in each, of which 8 are in use.
+template <int kLayers, int kLimbs, int kWords>
+void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row, int32_t* scratch) {
   constexpr int kDepth = Depth(kLayers), kLag = 8;
   using L = Layout<kDepth>;
-  Vector operands[kLimbs][L::kOperands];
-  for (int limb = 0; limb < kLimbs; ++limb) {
-    LoadOperands<kDepth>(row.data + limb * row.limb_stride + 32 * word, operands[limb]);
+  Vector operands[kWords][kLimbs][L::kOperands];
+  for (int w = 0; w < kWords; ++w) {
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      LoadOperands<kDepth>(row.data + limb * row.limb_stride + 32 * (first_word + w), operands[w][limb]);
+    }
   }
-  const uint32_t* data = block.data + word * block.word_stride;
-  const uint32_t* ahead = data + (word + 2 <= block.words ? block.word_stride : 0);
+  const int64_t word_stride = block.word_stride;
+  const uint32_t* data = block.data + first_word * word_stride;
+  const uint32_t* ahead = data + (first_word + 2 * kWords <= block.words ? kWords * word_stride : 0);
   const int64_t blocks = (block.channels + 15) / 16;
   for (int64_t i = 0; i < blocks; ++i) {
-    PrefetchLayers<kLayers>(i < kLag ? data + 16 * (blocks - kLag + i) : ahead + 16 * (i - kLag), block.layer_stride);
+    const uint32_t* next = i < kLag ? data + 16 * (blocks - kLag + i) : ahead + 16 * (i - kLag);
     const __mmask16 mask = ChannelMask(block.channels - 16 * i);
     int32_t* memory = scratch + PlaceOfSums<kLayers, kLimbs>(i);
     Vector sums[kLimbs][L::kSums];
@@ -95,12 +97,15 @@ void StreamWord(const WordBlock& block, int64_t word, const LimbRows& row, int32
         sums[limb][j] = _mm512_load_si512(memory + 16 * (limb * L::kSums + j));
       });
     });
-    ForCodes<kLayers>(data + 16 * i, block.layer_stride, mask, [&](auto j, Vector code) PBJAX_INLINE {
-      constexpr int kSum = CodeOf<kLayers>::Sum(j), kOperand = CodeOf<kLayers>::Operand(j);
-      AddProducts(sums[0][kSum], code, operands[0][kOperand]);
-      if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
-      Unroll<kLimbs - 1>([&](auto limb) PBJAX_INLINE {
-        AddProducts(sums[limb + 1][kSum], operands[limb + 1][kOperand], code);
+    Unroll<kWords>([&](auto w) PBJAX_INLINE {
+      PrefetchLayers<kLayers>(next + w * word_stride, block.layer_stride);
+      ForCodes<kLayers>(data + w * word_stride + 16 * i, block.layer_stride, mask, [&](auto j, Vector code) PBJAX_INLINE {
+        constexpr int kSum = CodeOf<kLayers>::Sum(j), kOperand = CodeOf<kLayers>::Operand(j);
+        AddProducts(sums[0][kSum], code, operands[w][0][kOperand]);
+        if constexpr (kLimbs > 1 && kDepth == 8) code = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
+        Unroll<kLimbs - 1>([&](auto limb) PBJAX_INLINE {
+          AddProducts(sums[limb + 1][kSum], operands[w][limb + 1][kOperand], code);
+        });
       });
     });
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
@@ -197,7 +202,9 @@ void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch,
   __builtin_memset(scratch, 0, (place(blocks - 1) + stride) * sizeof(int32_t));
   int64_t word = 0;
   if (one_row) {
-    for (; word < block.words; ++word) StreamWord<kLayers, kLimbs>(block, word, rows, scratch);
+    constexpr int kStep = kLayers <= 4 ? 2 : 1;
+    for (; word + kStep <= block.words; word += kStep) StreamWords<kLayers, kLimbs, kStep>(block, word, rows, scratch);
+    for (; word < block.words; ++word) StreamWords<kLayers, kLimbs, 1>(block, word, rows, scratch);
   } else {
     for (; word + 2 <= block.words; word += 2) StreamRows<kLayers, kLimbs, 2>(block, word, rows, scratch);
     if (word < block.words) StreamRows<kLayers, kLimbs, 1>(block, word, rows, scratch);

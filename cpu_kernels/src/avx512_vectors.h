@@ -83,4 +83,20 @@ inline Vector Transpose(Vector bits) {
 #endif
 }
 
+// Some bits of every byte, from bit kShift.
+template <int kShift, int kMask>
+PBJAX_INLINE inline Vector Field(Vector bytes) {
+#if defined(__GFNI__)
+  if constexpr (kShift > 0) {
+    // Byte 7 - i of the matrix says which bits go into bit i.
+    uint64_t matrix = 0;
+    for (int i = 0; i < 8; ++i) {
+      if (kMask >> i & 1) matrix |= uint64_t{1} << (i + kShift) << 8 * (7 - i);
+    }
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(static_cast<int64_t>(matrix)), 0);
+  }
+#endif
+  return _mm512_and_si512(_mm512_srli_epi16(bytes, kShift), _mm512_set1_epi8(kMask));
+}
+
 }  // namespace

@@ -6,10 +6,13 @@ same values, and each row says how much faster it was than the float32 product o
 
     .venv/bin/python examples/benchmarks/cpu.py --output cpu.csv --plot cpu.png
 
-In its turn a method has a pause, in which the threads of other libraries go to sleep, and is called for 3 ms, as a
-processor takes about a millisecond to wake up and weights that fit the caches get into them. Then it is called for 3 ms
-more, and the median of these calls is its time of this turn. With --cold it is called once instead, after a read of
-256 MiB. The rows have the medians and the 20th and 80th percentiles of all turns.
+In its turn a method has a pause, in which the threads of other libraries go to sleep; a read of 256 MiB, which wakes
+all processors and leaves nothing in the caches; and is called for 3 ms, so that weights that fit get into the caches
+again. Then it is called for 3 ms more, and the median of these calls is its time of this turn. With --cold it is called
+once instead, after the read. The rows have the medians and the 20th and 80th percentiles of all turns.
+
+Two rows are timed before the turns, alone. "read" is what the machine takes to read as many bytes as the weights of
+pbjax are with 8 bitlayers, and "XLA f32, repeated" what the float32 product takes when nothing runs between its calls.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ BITS = 8
 BITLAYERS = (1, 2, 4, 8)
 ACTIVATION_BITS = (8, 16, None)
 SWEEP_ROWS = 8  # with more, a sweep is a product for each count
-READ_WORDS = 2**26  # more than caches hold
+FLUSH_BYTES = 2**28  # more than caches hold
+READ_BYTES = 2**30  # in one call, over and over: it takes milliseconds until threads are spread over the processors
+ALONE_REPEATS = 11
+ALONE_S = 0.02
 PAUSE_S = 0.005
 WARM_S = 0.003  # of calls before those that count, and of these: the same time for every method, not the same number
 
@@ -73,7 +79,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """Something that is timed."""
+    """Something that is timed; a call may do the same several times."""
 
     name: str
     version: str
@@ -81,6 +87,7 @@ class Method:
     bitlayers: int | None = None
     activation_bits: int | None = None
     read_bytes: int | None = None
+    passes: int = 1
 
 
 def waited(fn: Callable[..., jax.Array], *args: Any) -> Callable[[], Any]:
@@ -201,21 +208,27 @@ def onnx_methods(x: np.ndarray, w: np.ndarray, threads: int) -> list[Method]:
     return methods
 
 
-def read_method(words: int, threads: int) -> Method:
-    """The largest of many int32, a part for each thread: a read of more memory than caches hold."""
-    parts = np.array_split(np.random.default_rng(0).integers(0, 2**31, words, dtype=np.int32), threads)
+def read_method(size: int, threads: int, passes: int) -> Method:
+    """The largest of many int32, a part for each thread: the rate at which that many bytes are read, over and over."""
+    parts = np.array_split(np.random.default_rng(0).integers(0, 2**31, size // 4, dtype=np.int32), threads)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
+
+    def read(part):
+        for _ in range(passes):
+            part.max()
+
     return Method(
         name="read",
         version=np.__version__,
-        call=lambda: list(pool.map(np.max, parts)),
-        read_bytes=4 * words,
+        call=lambda: list(pool.map(read, parts)),
+        read_bytes=size,
+        passes=passes,
     )
 
 
-def warm_up(call: Callable[[], Any]) -> None:
+def warm_up(call: Callable[[], Any], seconds: float) -> None:
     """Calls it until a time has passed, once at least."""
-    end = time.perf_counter() + WARM_S
+    end = time.perf_counter() + seconds
     call()
     while time.perf_counter() < end:
         call()
@@ -237,14 +250,17 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
     threads = os.cpu_count() or 1
     x_key, w_key = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(x_key, (m, size)), jax.random.normal(w_key, (size, size)) / size**0.5
-    methods = [*xla_methods(x, w), *qwix_methods(x, w), *torch_methods(np.asarray(x), np.asarray(w), threads)]
-    methods += [
-        *onnx_methods(np.asarray(x), np.asarray(w), threads),
-        read_method(READ_WORDS, threads),
-        *pbjax_methods(x, w),
-    ]
-    flush = methods[[method.name for method in methods].index("read")].call
-    times = [[] for _ in methods]
+    arrays = np.asarray(x), np.asarray(w)
+    methods = [*xla_methods(x, w), *qwix_methods(x, w), *torch_methods(*arrays, threads)]
+    methods += [*onnx_methods(*arrays, threads), *pbjax_methods(x, w)]
+    flush = read_method(FLUSH_BYTES, threads, 1).call
+    read = read_method(size * size * BITS // 8, threads, 1 if cold else READ_BYTES // size**2)
+    alone = [read, dataclasses.replace(methods[0], name="XLA f32, repeated")]
+    times = [[] for _ in methods + alone]
+    for method, its in zip(alone, times[len(methods) :], strict=True):
+        for _ in range(ALONE_REPEATS):
+            flush() if cold else warm_up(method.call, ALONE_S)
+            its.append(timed(method.call, 0.0 if cold else ALONE_S) / method.passes)
     slow = set()
     for i, method in enumerate(methods):
         method.call()
@@ -260,8 +276,11 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
             if i in slow and turn % 5:
                 continue
             time.sleep(PAUSE_S)
-            flush() if cold else warm_up(method.call)
+            flush()
+            if not cold:
+                warm_up(method.call, WARM_S)
             times[i].append(timed(method.call, 0.0 if cold else WARM_S))
+    methods += alone
     medians = {method.name: float(np.median(t)) for method, t in zip(methods, times, strict=True)}
     rows = []
     for method, t in zip(methods, times, strict=True):
@@ -338,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     add("--m", type=int, nargs="+", default=[1, 8, 64, 256], metavar="M", help="rows (default: %(default)s)")
     add("--size", type=int, nargs="+", default=[4096, 8192], help="of square weights (default: %(default)s)")
     add("--repeats", type=int, default=40, help="times taken of each (default: %(default)s)")
-    add("--max-seconds", type=float, default=10.0, help="per shape; may reduce the repeats (default: %(default)s)")
+    add("--max-seconds", type=float, default=20.0, help="per shape; may reduce the repeats (default: %(default)s)")
     add("--cold", action="store_true", help="empty the caches before each call")
     add("--output", type=Path, metavar="FILE", help="where the CSV goes (default: stdout)")
     add("--plot", type=Path, metavar="FILE", help="where a plot goes, if anywhere")
