@@ -7,7 +7,7 @@ same values, and each row says how much faster it was than the float32 product o
     .venv/bin/python examples/benchmarks/cpu.py --output cpu.csv --plot cpu.png
 
 In its turn a method has a pause, in which the threads of other libraries go to sleep; a read of 256 MiB, which wakes
-all processors and leaves nothing in the caches; and is called for 3 ms, so that weights that fit get into the caches
+all processors and after which all start alike; and is called for 3 ms, so that weights that fit get into the caches
 again. Then it is called for 3 ms more, and the median of these calls is its time of this turn. With --cold it is called
 once instead, after the read. The rows have the medians and the 20th and 80th percentiles of all turns.
 
@@ -46,7 +46,7 @@ BITS = 8
 BITLAYERS = (1, 2, 4, 8)
 ACTIVATION_BITS = (8, 16, None)
 SWEEP_ROWS = 8  # with more, a sweep is a product for each count
-FLUSH_BYTES = 2**28  # more than caches hold
+FLUSH_BYTES = 2**28  # more than most caches hold
 READ_BYTES = 2**30  # in one call, over and over: it takes milliseconds until threads are spread over the processors
 ALONE_REPEATS = 11
 ALONE_S = 0.02
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     add("--size", type=int, nargs="+", default=[4096, 8192], help="of square weights (default: %(default)s)")
     add("--repeats", type=int, default=40, help="times taken of each (default: %(default)s)")
     add("--max-seconds", type=float, default=20.0, help="per shape; may reduce the repeats (default: %(default)s)")
-    add("--cold", action="store_true", help="empty the caches before each call")
+    add("--cold", action="store_true", help="read 256 MiB before each call")
     add("--output", type=Path, metavar="FILE", help="where the CSV goes (default: stdout)")
     add("--plot", type=Path, metavar="FILE", help="where a plot goes, if anywhere")
     args = parser.parse_args(argv)
