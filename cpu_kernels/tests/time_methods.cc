@@ -2,70 +2,20 @@
 //
 //   pbjax_time_methods [size] [table]
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <mutex>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "kernels.h"
 #include "matmul.h"
+#include "pool.h"
 #include "problem.h"
 
 namespace pbjax {
 namespace {
-
-class Pool : public Scheduler {
- public:
-  explicit Pool(int64_t num_threads) {
-    for (int64_t i = 1; i < num_threads; ++i) {
-      threads_.emplace_back([this] { Work(); });
-    }
-  }
-  ~Pool() override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (auto& thread : threads_) thread.join();
-  }
-  int64_t num_threads() const override { return static_cast<int64_t>(threads_.size()) + 1; }
-  void Schedule(std::function<void()> task) override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    wake_.notify_one();
-  }
-
- private:
-  void Work() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (true) {
-      wake_.wait(lock, [this] { return stop_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-      lock.lock();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<std::function<void()>> tasks_;
-  std::vector<std::thread> threads_;
-  bool stop_ = false;
-};
 
 struct Buffers {
   std::vector<float> x, scale, y;
