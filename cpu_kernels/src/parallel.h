@@ -11,6 +11,8 @@
 #include <new>
 #include <thread>
 
+#include "spinning.h"
+
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -50,42 +52,50 @@ void ParallelFor(Scheduler& scheduler, int64_t tasks, const Run& run) {
     return;
   }
   // Shared with helpers that come after the end: they find no task left, and `run` is not touched then.
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-    std::atomic<bool> out_of_memory{false};
-  };
-  auto state = std::make_shared<State>();
-  const Run* shared_run = &run;
-  const auto work = [state, shared_run, tasks] {
-    for (int64_t i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      try {
-        (*shared_run)(i);
-      } catch (const std::bad_alloc&) {  // must not leave a thread that is not ours
-        state->out_of_memory.store(true, std::memory_order_relaxed);
-      }
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  const FloatMode mode = FloatMode::Current();
-  for (int64_t i = 0; i < helpers; ++i) {
-    scheduler.Schedule([work, mode] {
+  class Tasks : public Loop {
+   public:
+    Tasks(const Run& run, int64_t tasks) : run_(run), tasks_(tasks) {}
+    void Work() override {
       const FloatMode own = FloatMode::Current();
-      mode.Set();
-      work();
+      mode_.Set();
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) {
+        try {
+          run_(i);
+        } catch (const std::bad_alloc&) {  // must not leave a thread that is not ours
+          out_of_memory_.store(true, std::memory_order_relaxed);
+        }
+        done_.fetch_add(1, std::memory_order_release);
+      }
       own.Set();
+    }
+    void Wait() const {
+      for (int spins = 0; done_.load(std::memory_order_acquire) < tasks_; ++spins) {
+        if (spins > 1000) {
+          std::this_thread::yield();
+        } else {
+          Pause();
+        }
+      }
+      if (out_of_memory_.load(std::memory_order_relaxed)) throw std::bad_alloc();
+    }
+
+   private:
+    const Run& run_;
+    const int64_t tasks_;
+    const FloatMode mode_ = FloatMode::Current();
+    std::atomic<int64_t> next_{0}, done_{0};
+    std::atomic<bool> out_of_memory_{false};
+  };
+  const auto loop = std::make_shared<Tasks>(run, tasks);
+  const std::thread::id caller = std::this_thread::get_id();
+  for (int64_t i = SpinningHelpers::Get().Start(loop, helpers); i < helpers; ++i) {
+    scheduler.Schedule([loop, caller] {
+      loop->Work();
+      if (std::this_thread::get_id() != caller) SpinningHelpers::Get().Spin();
     });
   }
-  work();
-  for (int spins = 0; state->done.load(std::memory_order_acquire) < tasks; ++spins) {
-    if (spins > 1000) {
-      std::this_thread::yield();
-    } else {
-#if defined(__SSE2__)
-      _mm_pause();
-#endif
-    }
-  }
-  if (state->out_of_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
+  loop->Work();
+  loop->Wait();
 }
 
 }  // namespace pbjax
