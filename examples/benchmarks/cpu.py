@@ -9,7 +9,8 @@ same values, and each row says how much faster it was than the float32 product o
 In its turn a method has a pause, in which the threads of other libraries go to sleep; a read of 256 MiB, which wakes
 all processors and after which all start alike; and is called for 3 ms, so that weights that fit get into the caches
 again. Then it is called for 3 ms more, and the median of these calls is its time of this turn. With --cold it is called
-once instead, after the read. The rows have the medians and the 20th and 80th percentiles of all turns.
+once instead, after the read. Threads of ONNX Runtime stay awake for longer than the pause: reads go on until they
+sleep. The rows have the medians and the 20th and 80th percentiles of all turns.
 
 Two rows are timed before the turns, alone. "read" is what the machine takes to read as many bytes as the weights of
 pbjax are with 8 bitlayers, and "XLA f32, repeated" what the float32 product takes when nothing runs between its calls.
@@ -51,6 +52,7 @@ READ_BYTES = 2**30  # in one call, over and over: it takes milliseconds until th
 ALONE_REPEATS = 11
 ALONE_S = 0.02
 PAUSE_S = 0.005
+ONNX_SPIN_S = 0.1  # a million pauses
 WARM_S = 0.003  # of calls before those that count, and of these: the same time for every method, not the same number
 
 
@@ -88,6 +90,7 @@ class Method:
     activation_bits: int | None = None
     read_bytes: int | None = None
     passes: int = 1
+    spin_s: float = 0.0  # how long its threads keep a processor busy after a call
 
 
 def waited(fn: Callable[..., jax.Array], *args: Any) -> Callable[[], Any]:
@@ -204,7 +207,7 @@ def onnx_methods(x: np.ndarray, w: np.ndarray, threads: int) -> list[Method]:
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         call = functools.partial(session.run, None, {"x": np.asarray(x)})
-        methods.append(Method(name=name, version=onnxruntime.__version__, call=call))
+        methods.append(Method(name=name, version=onnxruntime.__version__, call=call, spin_s=ONNX_SPIN_S))
     return methods
 
 
@@ -280,6 +283,8 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
             if not cold:
                 warm_up(method.call, WARM_S)
             times[i].append(timed(method.call, 0.0 if cold else WARM_S))
+            if method.spin_s:
+                warm_up(flush, method.spin_s)
     methods += alone
     medians = {method.name: float(np.median(t)) for method, t in zip(methods, times, strict=True)}
     rows = []
