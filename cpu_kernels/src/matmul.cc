@@ -99,7 +99,7 @@ class Product {
     int64_t width = limbs_ == 0 ? (outputs <= 16 ? 256 : 64) : BlockWidth(outputs * limbs_);
     if (block.method == Method::kStream) width = block.rows == 1 ? kWideChannels / 2 : kWideChannels;
     if (block.method == Method::kCodes) width = kWideChannels / 2;  // and a block of codes for their k
-    if (block.method == Method::kLookup) width = outputs == 1 ? kWideChannels : kWideChannels / 2;
+    if (block.method == Method::kLookup) width = block.rows == 1 ? kWideChannels : kWideChannels / 2;
     if (problem_.num_words() * problem_.n * rows < kSerialWork) return std::max<int64_t>(16, width);
     const int64_t tasks = scheduler_.num_threads() * 2;  // twice the threads, since some of them may be busy
     const int64_t chunks = std::max<int64_t>(1, tasks / static_cast<int64_t>(blocks.size()));
