@@ -22,6 +22,7 @@ constexpr int64_t kFewRowsCodeBytes = 32 << 10;  // of one that few rows use: fi
 constexpr int64_t kFewSums = 32;               // rows times limbs, of few rows
 constexpr int64_t kValueBytes = 32 << 10;      // of one block of float weights: first-level cache
 constexpr int64_t kWideChannels = 1024;        // of one row: its sums fill the first-level cache
+constexpr int64_t kPageWords = 1024;
 constexpr int64_t kLookupWords = 4;            // that several rows look up in turn
 constexpr int64_t kSerialWork = 1 << 15;       // words times rows below which one thread is enough
 constexpr int64_t kNarrowChannels = 64;        // that one task takes, so that shares of k are worth it
@@ -78,10 +79,11 @@ class Product {
     const int64_t first_lookup = lookup == blocks.end() ? rows : lookup->first_row;
     const Panel panel = MakePanel(problem_, operands_, kernels_, scheduler_, segments_, rows, source, counts,
                                   first_lookup, scratch);
-    const int64_t width = Width(blocks, rows), num_blocks = static_cast<int64_t>(blocks.size());
-    const int64_t tasks = (problem_.n + width - 1) / width * num_blocks;
+    const std::vector<int64_t> cuts = Cuts(Width(blocks, rows));
+    const int64_t num_blocks = static_cast<int64_t>(blocks.size());
+    const int64_t tasks = (static_cast<int64_t>(cuts.size()) - 1) * num_blocks;
     const auto run = [&](int64_t task, int64_t shares) {
-      const int64_t first = task / num_blocks * width, channels = std::min(width, problem_.n - first);
+      const int64_t first = cuts[task / num_blocks], channels = cuts[task / num_blocks + 1] - first;
       RunTask({panel, blocks[task % num_blocks], first, channels, (channels + 15) / 16 * 16, shares});
     };
     const int64_t shares = problem_.n <= kNarrowChannels && num_blocks == 1 ? Shares(blocks[0]) : 1;
@@ -105,6 +107,19 @@ class Product {
     const int64_t chunks = std::max<int64_t>(1, tasks / static_cast<int64_t>(blocks.size()));
     const int64_t share = (problem_.n + chunks - 1) / chunks;
     return std::clamp<int64_t>((share + 63) / 64 * 64, 64, width);
+  }
+
+  // Where tasks of this many channels begin, and where the last ends. Their words begin with pages, or with equal parts of
+  // them, if all rows of words can: what is fetched ahead ends with a page.
+  std::vector<int64_t> Cuts(int64_t width) const {
+    const int64_t first_word = static_cast<int64_t>(reinterpret_cast<uintptr_t>(operands_.words) / sizeof(uint32_t));
+    const bool aligned = kPageWords % width == 0 && problem_.n % width == 0 && first_word % 16 == 0;
+    std::vector<int64_t> cuts = {0};
+    for (int64_t cut = width - (aligned ? first_word % width : 0); cut + width / 4 <= problem_.n; cut += width) {
+      if (cut >= width / 4) cuts.push_back(cut);  // a piece smaller than that goes with its neighbour
+    }
+    cuts.push_back(problem_.n);
+    return cuts;
   }
 
   // Channels of a block of codes: the more sums each has, the fewer of them.
