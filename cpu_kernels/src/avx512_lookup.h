@@ -156,52 +156,61 @@ PBJAX_INLINE inline void LookupChannels(const Tables& table, const Vector* bits,
   });
 }
 
-// One bitlayer after the other, as above. Words are prefetched for four words of k ahead in this order, whether those are
-// of the next bitlayers or of the next words: further ahead they would not fit the sets of the first-level cache that words
-// of k, powers of two apart, share.
+// Adds what kWords words of one bitlayer look up, in all channels, while words at `ahead` are prefetched.
 template <int kLimbs, int kWords>
-void LookupWords(const WordBlock& block, int64_t first_word, const uint8_t* tables, int32_t* sums, int64_t layer_stride,
-                 int64_t limb_stride) {
-  constexpr int kAhead = kWords >= 4 ? 1 : 2;  // runs of all channels
+void LookupWords(const uint32_t* data, const uint32_t* ahead, int64_t word_stride, int64_t channels, const uint8_t* tables,
+                 int32_t* sums, int64_t limb_stride) {
   Vector table[kWords][2][HalfTables(kLimbs)];
   Unroll<kWords * 2 * HalfTables(kLimbs)>([&](auto i) PBJAX_INLINE {
     constexpr int kWord = i / (2 * HalfTables(kLimbs)), kTable = i % (2 * HalfTables(kLimbs));
-    const uint8_t* its = tables + (first_word + kWord) * kLimbs * kTableBytes;
+    const uint8_t* its = tables + kWord * kLimbs * kTableBytes;
     table[kWord][kTable / HalfTables(kLimbs)][kTable % HalfTables(kLimbs)] = _mm512_loadu_si512(its + 64 * kTable);
   });
-  const int64_t word_stride = block.word_stride, full = block.channels / 16 * 16;
-  for (int layer = 0; layer < block.layers; ++layer) {
-    const auto run = [&](int64_t word, int its) { return block.data + its * block.layer_stride + word * word_stride; };
-    const uint32_t* data = run(first_word, layer);
-    const int64_t word_ahead = first_word + (layer + kAhead) / block.layers * kWords;
-    const uint32_t* ahead =
-        word_ahead + kWords <= block.words ? run(word_ahead, (layer + kAhead) % block.layers) : data;
-    int32_t* its = sums + layer * layer_stride;
-    Vector bits[kWords];
-    for (int64_t c = 0; c < full; c += 16) {
-      Unroll<kWords>([&](auto w) PBJAX_INLINE {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + w * word_stride + c), _MM_HINT_T0);
-        bits[w] = _mm512_loadu_si512(data + w * word_stride + c);
-      });
-      LookupChannels<kLimbs, kWords>(table, bits, its + c, limb_stride);
-    }
-    if (full == block.channels) continue;
+  const int64_t full = channels / 16 * 16;
+  Vector bits[kWords];
+  for (int64_t c = 0; c < full; c += 16) {
     Unroll<kWords>([&](auto w) PBJAX_INLINE {
-      bits[w] = _mm512_maskz_loadu_epi32(ChannelMask(block.channels - full), data + w * word_stride + full);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + w * word_stride + c), _MM_HINT_T0);
+      bits[w] = _mm512_loadu_si512(data + w * word_stride + c);
     });
-    LookupChannels<kLimbs, kWords>(table, bits, its + full, limb_stride);
+    LookupChannels<kLimbs, kWords>(table, bits, sums + c, limb_stride);
   }
+  if (full == channels) return;
+  Unroll<kWords>([&](auto w) PBJAX_INLINE {
+    bits[w] = _mm512_maskz_loadu_epi32(ChannelMask(channels - full), data + w * word_stride + full);
+  });
+  LookupChannels<kLimbs, kWords>(table, bits, sums + full, limb_stride);
 }
 
+// A few words of one bitlayer after those of another: sums stay in the first-level cache for these words, and with many
+// bitlayers in turn lines would compete for a cache set, as above. Words are prefetched four ahead in this order: further
+// ahead they would not fit the sets of the first-level cache that words of k, powers of two apart, share.
 template <int kLimbs>
 void LookupBlock(const WordBlock& block, const uint8_t* tables, int32_t* sums, int64_t layer_stride,
                  int64_t limb_stride) {
   constexpr int kStep = kLimbs == 1 ? 4 : kLimbs == 2 ? 2 : 1;  // up to 16 registers of tables
-  int64_t word = 0;
-  for (; word + kStep <= block.words; word += kStep) {
-    LookupWords<kLimbs, kStep>(block, word, tables, sums, layer_stride, limb_stride);
+  constexpr int64_t kAhead = 4, kRun = 8;
+  for (int64_t start = 0; start < block.words; start += kRun) {
+    const int64_t stop = start + kRun < block.words ? start + kRun : block.words;
+    for (int layer = 0; layer < block.layers; ++layer) {
+      const auto run = [&](auto words, int64_t word) PBJAX_INLINE {
+        int64_t next = word + kAhead;
+        int next_layer = layer;
+        if (next >= stop) {
+          next_layer = layer + 1 < block.layers ? layer + 1 : 0;
+          if (next_layer > 0) next -= stop - start;
+        }
+        const auto at = [&](int its, int64_t k) { return block.data + its * block.layer_stride + k * block.word_stride; };
+        const uint32_t* data = at(layer, word);
+        LookupWords<kLimbs, words>(data, next + words <= block.words ? at(next_layer, next) : data, block.word_stride,
+                                   block.channels, tables + word * kLimbs * kTableBytes, sums + layer * layer_stride,
+                                   limb_stride);
+      };
+      int64_t word = start;
+      for (; word + kStep <= stop; word += kStep) run(std::integral_constant<int, kStep>(), word);
+      for (; word < stop; ++word) run(std::integral_constant<int, 1>(), word);
+    }
   }
-  for (; word < block.words; ++word) LookupWords<kLimbs, 1>(block, word, tables, sums, layer_stride, limb_stride);
 }
 
 void Lookup(const WordBlock& block, const uint8_t* tables, int limbs, int32_t* sums, int64_t layer_stride,
