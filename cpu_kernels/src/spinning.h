@@ -79,8 +79,9 @@ class SpinningHelpers {
 
  private:
   using Clock = std::chrono::steady_clock;
-  // From one call of a jitted product to the next pass about 100 us, of 2 cores that have other data in their caches.
-  static constexpr std::chrono::microseconds kBlockTime{200};
+  // From one call of a jitted product to the next pass about 100 us, of 2 cores that have other data in their caches, and
+  // a helper can be done 100 us before its caller.
+  static constexpr std::chrono::microseconds kBlockTime{400};
   // After one that waited in vain nobody does for a while, twice as long each time: little is lost where calls are far apart
   // or where work of others fills the time between them.
   static constexpr Clock::duration kFirstRest = kBlockTime, kLongestRest = std::chrono::milliseconds(64);
