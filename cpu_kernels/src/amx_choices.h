@@ -9,11 +9,11 @@ namespace {
 constexpr Choice kChoices[] = {
     // limbs, sweep, rows, bitlayers at most
     {1, false, 1, 16, Method::kLookup},
-    {1, false, 8, 16, Method::kStream},
+    {1, false, 12, 16, Method::kStream},
     {2, false, 8, 1, Method::kLookup},
-    {2, false, 6, 16, Method::kStream},
+    {2, false, 8, 16, Method::kStream},
     {3, false, 4, 1, Method::kLookup},
-    {3, false, 4, 16, Method::kStream},
+    {3, false, 5, 16, Method::kStream},
     {0, false, 1, 8, Method::kLookup},
     {0, false, 2, 4, Method::kLookup},
     {0, false, 2, 8, Method::kCodes},

@@ -116,20 +116,40 @@ void StreamWords(const WordBlock& block, int64_t first_word, const LimbRows& row
   }
 }
 
-// Several rows: code bytes of two words stay in registers, and sums and activations come from the cache. Words are
-// prefetched into the second level: sums and the lines of two words fill the first.
+constexpr int kRowSums = 2;  // of 16 channels, one of several rows, and one limb
+
+// Several rows: vectors of code bytes that hold 16 k of 4 channels become vectors of 8 k of 8, in place: two sums of 16
+// channels for each row then, whatever the depth, and four operands of 8 bytes, which all lanes share.
+//   vector 4 * p + o, 128 bits L: channels 4 * L + 2 * p and the next, 8 bytes each, which go with operand o and sum p
+PBJAX_INLINE inline void JoinChannels(Vector* codes) {
+  Vector joined[8];
+  const auto floats = [&](int i) PBJAX_INLINE { return _mm512_castsi512_ps(codes[i]); };
+  Unroll<8>([&](auto i) PBJAX_INLINE {
+    constexpr int kFirst = i / 4 * 4 + i / 2 % 2;
+    joined[i] = _mm512_castps_si512(_mm512_shuffle_ps(floats(kFirst), floats(kFirst + 2), i % 2 == 0 ? 0x88 : 0xDD));
+  });
+  Unroll<8>([&](auto i) PBJAX_INLINE { codes[i] = joined[i]; });
+}
+
+template <int kDepth>
+inline __m256i RowOperands(const uint8_t* bytes) {
+  const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  if (kDepth == 4) return _mm256_permutevar8x32_epi32(word, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  if (kDepth == 8) return _mm256_permutevar8x32_epi32(word, _mm256_setr_epi32(0, 2, 1, 3, 4, 6, 5, 7));
+  return word;
+}
+
+// Code bytes of two words stay in registers, and sums and activations come from the cache. Words are prefetched into the
+// second level: sums and the lines of two words fill the first.
 template <int kLayers, int kLimbs, int kWords>
 void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows, int32_t* scratch) {
-  constexpr int kDepth = Depth(kLayers), kRun = kDepth <= 2 ? 8 : 16;  // bytes of an operand, which all lanes share
-  using L = Layout<kDepth>;
+  constexpr int kDepth = Depth(kLayers);
   alignas(64) uint8_t operands[kStreamRows][kLimbs][kWords][32];
   for (int64_t r = 0; r < rows.rows; ++r) {
     for (int limb = 0; limb < kLimbs; ++limb) {
       for (int w = 0; w < kWords; ++w) {
         const uint8_t* bytes = rows.data + r * rows.row_stride + limb * rows.limb_stride + 32 * (first_word + w);
-        __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
-        if (kDepth == 4) word = _mm256_permute4x64_epi64(word, _MM_PERM_DBCA);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(operands[r][limb][w]), word);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(operands[r][limb][w]), RowOperands<kDepth>(bytes));
       }
     }
   }
@@ -145,6 +165,7 @@ void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows
         _mm_prefetch(reinterpret_cast<const char*>(words + ahead + i * block.layer_stride), _MM_HINT_T1);
       });
       ForCodes<kLayers>(words, block.layer_stride, mask, [&](auto i, Vector code) PBJAX_INLINE { codes[w][i] = code; });
+      if (kDepth >= 4) JoinChannels(codes[w]);
     });
     Unroll<kLimbs>([&](auto limb) PBJAX_INLINE {
       if constexpr (limb == 1 && kDepth == 8) {
@@ -152,26 +173,27 @@ void StreamRows(const WordBlock& block, int64_t first_word, const LimbRows& rows
           codes[i / 8][i % 8] = _mm512_xor_si512(codes[i / 8][i % 8], _mm512_set1_epi8(-128));
         });
       }
-      int32_t* its = memory + limb * 16 * L::kSums;
+      int32_t* its = memory + limb * 16 * kRowSums;
       const uint8_t* bytes = operands[0][limb][0];
       for (int64_t r = 0; r < rows.rows; ++r) {
-        Vector sums[L::kSums];
-        Unroll<L::kSums>([&](auto i) PBJAX_INLINE { sums[i] = _mm512_load_si512(its + 16 * i); });
+        Vector sums[kRowSums];
+        Unroll<kRowSums>([&](auto i) PBJAX_INLINE { sums[i] = _mm512_load_si512(its + 16 * i); });
         Unroll<kWords>([&](auto w) PBJAX_INLINE {
-          Vector operand[L::kOperands];
-          Unroll<L::kOperands>([&](auto i) PBJAX_INLINE { operand[i] = Broadcast<kRun>(bytes + 32 * w + kRun * i); });
+          Vector operand[4];
+          Unroll<4>([&](auto i) PBJAX_INLINE { operand[i] = Broadcast<8>(bytes + 32 * w + 8 * i); });
           Unroll<8>([&](auto i) PBJAX_INLINE {
-            Vector& sum = sums[CodeOf<kLayers>::Sum(i)];
-            const Vector q = operand[CodeOf<kLayers>::Operand(i)];
-            AddProducts(sum, limb == 0 ? codes[w][i] : q, limb == 0 ? q : codes[w][i]);
+            constexpr int kSum = kDepth >= 4 ? i / 4 : CodeOf<kLayers>::Sum(i);
+            constexpr int kOperand = kDepth >= 4 ? i % 4 : CodeOf<kLayers>::Operand(i);
+            const Vector q = operand[kOperand];
+            AddProducts(sums[kSum], limb == 0 ? codes[w][i] : q, limb == 0 ? q : codes[w][i]);
           });
         });
-        Unroll<L::kSums>([&](auto i) PBJAX_INLINE { _mm512_store_si512(its + 16 * i, sums[i]); });
-        its += kLimbs * 16 * L::kSums;
+        Unroll<kRowSums>([&](auto i) PBJAX_INLINE { _mm512_store_si512(its + 16 * i, sums[i]); });
+        its += kLimbs * 16 * kRowSums;
         bytes += sizeof operands[0];
       }
     });
-    memory += rows.rows * kLimbs * 16 * L::kSums;
+    memory += rows.rows * kLimbs * 16 * kRowSums;
   }
 }
 
@@ -194,9 +216,10 @@ inline Vector AddLanes(const int32_t* sums) {
 
 template <int kLayers, int kLimbs>
 void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch, int32_t* sums, int64_t sums_stride) {
-  constexpr int kDepth = Depth(kLayers), kSums = Layout<kDepth>::kSums;
-  const int64_t blocks = (block.channels + 15) / 16, stride = rows.rows * kLimbs * 16 * kSums;
+  constexpr int kDepth = Depth(kLayers);
   const bool one_row = rows.rows == 1;
+  const int64_t num_sums = one_row ? Layout<kDepth>::kSums : kRowSums;
+  const int64_t blocks = (block.channels + 15) / 16, stride = rows.rows * kLimbs * 16 * num_sums;
   if (one_row) scratch = FirstPlace(block.data, scratch);
   const auto place = [&](int64_t i) PBJAX_INLINE { return one_row ? PlaceOfSums<kLayers, kLimbs>(i) : i * stride; };
   __builtin_memset(scratch, 0, (place(blocks - 1) + stride) * sizeof(int32_t));
@@ -214,10 +237,11 @@ void StreamBlock(const WordBlock& block, const LimbRows& rows, int32_t* scratch,
       const bool centred = kDepth == 8 && limb > 0;
       const uint8_t* bytes = rows.data + r * rows.row_stride + limb * rows.limb_stride;
       const Vector left_out = centred ? LeftOut(bytes, block.words) : _mm512_setzero_si512();
-      const int32_t* its = scratch + (r * kLimbs + limb) * 16 * kSums;
+      const int32_t* its = scratch + (r * kLimbs + limb) * 16 * num_sums;
       int32_t* out = sums + (r * kLimbs + limb) * sums_stride;
       for (int64_t i = 0; i < blocks; ++i) {
-        const Vector total = _mm512_add_epi32(AddLanes<kDepth>(its + place(i)), left_out);
+        const Vector lanes = one_row ? AddLanes<kDepth>(its + place(i)) : AddLanes<kDepth == 1 ? 1 : 2>(its + place(i));
+        const Vector total = _mm512_add_epi32(lanes, left_out);
         _mm512_mask_storeu_epi32(out + 16 * i, ChannelMask(block.channels - 16 * i),
                                  _mm512_srai_epi32(total, kDepth - kLayers));
       }
