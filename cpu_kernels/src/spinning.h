@@ -17,6 +17,9 @@
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace pbjax {
 
@@ -38,13 +41,17 @@ class Loop {
 class SpinningHelpers {
  public:
   static SpinningHelpers& Get() {
-    static SpinningHelpers* const helpers = new SpinningHelpers;  // never destroyed: threads outlive static objects
-    return *helpers;
+#if defined(__unix__) || defined(__APPLE__)
+    // None of them is in the child of a fork, where others may have their stacks.
+    [[maybe_unused]] static const int registered =
+        pthread_atfork(nullptr, nullptr, [] { Current() = new SpinningHelpers; });
+#endif
+    return *Current();
   }
 
   // Sets up to `most` of them to work on a loop. Returns how many.
   int64_t Start(const std::shared_ptr<Loop>& loop, int64_t most) {
-    // Whoever finds the lock taken does without: a caller never sleeps here, nor after a fork that took it along.
+    // Whoever finds the lock taken does without: a caller never sleeps here.
     if (first_.load(std::memory_order_relaxed) == nullptr || !mutex_.try_lock()) return 0;
     std::lock_guard<std::mutex> lock(mutex_, std::adopt_lock);
     int64_t started = 0;
@@ -79,6 +86,12 @@ class SpinningHelpers {
 
  private:
   using Clock = std::chrono::steady_clock;
+
+  static SpinningHelpers*& Current() {
+    static SpinningHelpers* helpers = new SpinningHelpers;  // never destroyed: threads outlive static objects
+    return helpers;
+  }
+
   // From one call of a jitted product to the next pass about 100 us, of 2 cores that have other data in their caches, and
   // a helper can be done 100 us before its caller.
   static constexpr std::chrono::microseconds kBlockTime{400};

@@ -1,10 +1,14 @@
 // Loops over tasks, from several threads at once and with helpers that spin between them: every task runs once.
 //
 //   pbjax_loops [loops]
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <random>
 #include <thread>
@@ -48,40 +52,53 @@ int64_t WrongLoops(Scheduler& scheduler, int64_t loops, uint64_t seed) {
   return wrong;
 }
 
-// Drops all that it is given but for one task in a hundred.
-class Forgetful : public Scheduler {
- public:
-  explicit Forgetful(Scheduler& scheduler) : scheduler_(scheduler) {}
-  int64_t num_threads() const override { return scheduler_.num_threads(); }
-  void Schedule(std::function<void()> task) override {
-    if (scheduled_++ % 100 == 0) {
-      ++passed_on_;
-      scheduler_.Schedule(std::move(task));
-    }
-  }
-  int64_t passed_on() const { return passed_on_; }
-
- private:
-  Scheduler& scheduler_;
-  int64_t scheduled_ = 0, passed_on_ = 0;
-};
-
-// Loops that had help, and the helpers that were scheduled for them: fewer, if those that spin take part.
+// A thread that spins is started on a loop, and works on it; one that waits in vain comes back to its caller.
 bool SpinningHelpersHelp() {
-  Pool pool(2);
-  Forgetful scheduler(pool);
-  const std::thread::id caller = std::this_thread::get_id();
-  int64_t helped = 0;
-  for (int i = 0; i < 20000; ++i) {
-    std::atomic<bool> by_helper{false};
-    ParallelFor(scheduler, 4, [&](int64_t) {
-      Work(5);
-      if (std::this_thread::get_id() != caller) by_helper = true;
-    });
-    helped += by_helper;
+  struct Once : Loop {
+    void Work() override { worked_by.store(std::this_thread::get_id()); }
+    std::atomic<std::thread::id> worked_by{std::thread::id()};
+  };
+  std::atomic<bool> stop{false};
+  std::atomic<int64_t> returns{0};
+  std::thread helper([&] {
+    while (!stop) {
+      SpinningHelpers::Get().Spin();
+      ++returns;
+    }
+  });
+  int64_t right = 0;
+  for (int i = 0; i < 1000; ++i) {
+    const auto loop = std::make_shared<Once>();
+    while (SpinningHelpers::Get().Start(loop, 2) == 0) std::this_thread::yield();
+    while (loop->worked_by.load() == std::thread::id()) std::this_thread::yield();
+    right += loop->worked_by.load() == helper.get_id();
   }
-  std::printf("%ld loops had help, of helpers scheduled for %ld\n", (long)helped, (long)scheduler.passed_on());
-  return helped > scheduler.passed_on();
+  const int64_t before = returns;
+  while (returns == before) std::this_thread::yield();
+  stop = true;
+  helper.join();
+  std::printf("%ld of 1000 loops were worked on by the helper that spins\n", (long)right);
+  return right == 1000;
+}
+
+// The child of a fork has none of the helpers that spin in its parent.
+bool ForkHasNone() {
+  Pool pool(2);
+  struct Nothing : Loop {
+    void Work() override {}
+  };
+  int in_parent = 0, in_child = 0;
+  for (int i = 0; i < 50; ++i) {
+    ParallelFor(pool, 2, [](int64_t) { Work(50); });
+    const pid_t child = fork();
+    if (child == 0) _exit(static_cast<int>(SpinningHelpers::Get().Start(std::make_shared<Nothing>(), 1)));
+    in_parent += static_cast<int>(SpinningHelpers::Get().Start(std::make_shared<Nothing>(), 1));
+    int status = 0;
+    waitpid(child, &status, 0);
+    in_child += status != 0;
+  }
+  std::printf("helpers were there in %d of 50 parents, and in %d children\n", in_parent, in_child);
+  return in_child == 0;
 }
 
 }  // namespace
@@ -89,13 +106,15 @@ bool SpinningHelpersHelp() {
 
 int main(int argc, char** argv) {
   const int64_t loops = argc > 1 ? std::atoll(argv[1]) : 20000;
-  pbjax::Pool pools[2] = {pbjax::Pool(3), pbjax::Pool(5)};
   std::atomic<int64_t> wrong{0};
-  std::vector<std::thread> callers;
-  for (int i = 0; i < 4; ++i) {
-    callers.emplace_back([&, i] { wrong += pbjax::WrongLoops(pools[i % 2], loops, i); });
+  {
+    pbjax::Pool pools[2] = {pbjax::Pool(3), pbjax::Pool(5)};
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i) {
+      callers.emplace_back([&, i] { wrong += pbjax::WrongLoops(pools[i % 2], loops, i); });
+    }
+    for (auto& caller : callers) caller.join();
   }
-  for (auto& caller : callers) caller.join();
   std::printf("%ld of %ld loops wrong\n", (long)wrong, (long)(4 * loops));
-  return wrong != 0 || !pbjax::SpinningHelpersHelp();
+  return wrong != 0 || !pbjax::SpinningHelpersHelp() || !pbjax::ForkHasNone();
 }
