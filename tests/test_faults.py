@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import jax
@@ -326,6 +327,22 @@ def threads(backend):
     tensor()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(run, range(8)))
+
+
+@fault("time between products")
+def time_between_products(backend):
+    """Whatever passes before the next product, its bits are the same, and once a program rests, so do all threads."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((1, 1024), np.float32)
+    w = quantize(rng.standard_normal((1024, 1024), np.float32))  # enough work for several threads
+    run = jax.jit(functools.partial(pbjax.matmul, backend=backend))
+    expected = product("reference", x, w)
+    for pause in (0, 0.0002, 0.0004, 0.001, 0.01) * 4:
+        np.testing.assert_array_equal(run(x, w), expected)
+        time.sleep(pause)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
 
 
 @fault("vmap of vmap of vmap of vmap")
