@@ -273,8 +273,14 @@ class TestCpuBenchmark:
         with open(output, newline="") as file:
             lines = list(csv.DictReader(file))
         assert len(lines) == len(rows)
-        ours = [line for line in lines if line["method"].startswith("pbjax")]
+        ours = [line for line in lines if line["method"] in ("pbjax", "pbjax sweep")]
         assert len(ours) == 2 * 3 * (4 + 1)  # for each number of rows and width: 4 numbers of bitlayers and the sweep
+        repeated = {
+            (line["m"], line["activation_bits"], line["bitlayers"])
+            for line in lines
+            if line["method"] == "pbjax, repeated"
+        }
+        assert repeated == {(m, width, count) for m in "12" for width in ("8", "16") for count in "248"}
         assert {"XLA f32", "XLA bf16", "XLA int8", "XLA f32, repeated", "read"} <= {line["method"] for line in lines}
         for line in lines:
             assert 0 < float(line["p20_us"]) <= float(line["median_us"]) <= float(line["p80_us"])

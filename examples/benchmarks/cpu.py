@@ -12,8 +12,9 @@ again. Then it is called for 3 ms more, and the median of these calls is its tim
 once instead, after the read. Threads of ONNX Runtime stay awake for longer than the pause: reads go on until they
 sleep. The rows have the medians and the 20th and 80th percentiles of all turns.
 
-Two rows are timed before the turns, alone. "read" is what the machine takes to read as many bytes as the weights of
-pbjax are with 8 bitlayers, and "XLA f32, repeated" what the float32 product takes when nothing runs between its calls.
+Some rows are timed before the turns, alone. "read" is what the machine takes to read as many bytes as the weights of
+pbjax are with 8 bitlayers. Those that end with "repeated" are what XLA's float32 product and products of pbjax take
+when nothing runs between their calls, as "read" has it: so they say which part of the memory's rate pbjax reaches.
 """
 
 from __future__ import annotations
@@ -229,6 +230,13 @@ def read_method(size: int, threads: int, passes: int) -> Method:
     )
 
 
+def is_repeated(method: Method) -> bool:
+    """Whether a method is timed alone, too."""
+    return method.name == "XLA f32" or (
+        method.name == "pbjax" and method.bitlayers > 1 and method.activation_bits is not None
+    )
+
+
 def warm_up(call: Callable[[], Any], seconds: float) -> None:
     """Calls it until a time has passed, once at least."""
     end = time.perf_counter() + seconds
@@ -258,7 +266,10 @@ def measure(m: int, size: int, *, cold: bool, repeats: int, max_seconds: float) 
     methods += [*onnx_methods(*arrays, threads), *pbjax_methods(x, w)]
     flush = read_method(FLUSH_BYTES, threads, 1).call
     read = read_method(size * size * BITS // 8, threads, 1 if cold else READ_BYTES // size**2)
-    alone = [read, dataclasses.replace(methods[0], name="XLA f32, repeated")]
+    alone = [
+        read,
+        *(dataclasses.replace(method, name=f"{method.name}, repeated") for method in methods if is_repeated(method)),
+    ]
     times = [[] for _ in methods + alone]
     for method, its in zip(alone, times[len(methods) :], strict=True):
         for _ in range(ALONE_REPEATS):

@@ -106,8 +106,7 @@ OURS = [(count, width) for width in ("8", "16") for count in ("4", "8")]  # besi
 
 def cpu_others(file: str = "cpu.csv") -> str:
     """Other libraries in the same turns, and pbjax beside them."""
-    rows = [row for row in read(file) if row["method"] not in ("read", "pbjax sweep")]
-    return by_weight(rows, _others)
+    return by_weight(_without_read(file), _others)
 
 
 def _others(rows: list[Row]) -> str:
@@ -131,8 +130,34 @@ def cpu_fastest(file: str = "cpu.csv") -> str:
 
     Not by medians: where other programs take cores, those of libraries whose threads wait for each other suffer most.
     """
-    rows = [row for row in read(file) if row["method"] not in ("read", "pbjax sweep")]
-    return by_weight(rows, _fastest)
+    return by_weight(_without_read(file), _fastest)
+
+
+def _without_read(file: str) -> list[Row]:
+    """The rows of products."""
+    return [row for row in read(file) if row["method"] not in ("read", "pbjax sweep", "pbjax, repeated")]
+
+
+def cpu_repeated(file: str = "cpu.csv") -> str:
+    """Products of one row with nothing between their calls, and the rates at which they read their weights."""
+    return by_weight(only(read(file), m="1"), _repeated)
+
+
+def _repeated(rows: list[Row]) -> str:
+    """Speed over float32 and rate by activations and bitlayers; the rate of plain reading last."""
+    base = only(rows, method="XLA f32, repeated")[0]
+    limit = only(rows, method="read")[0]
+    timed = [(base, "XLA f32"), *((row, _label(row)) for row in only(rows, method="pbjax, repeated")), (limit, "read")]
+    lines = []
+    for row, label in timed:
+        speed = "" if row is limit else number(float(base["median_us"]) / float(row["median_us"]))
+        part = f"{float(row['read_gb_per_s']) / float(limit['read_gb_per_s']):.0%}"
+        lines.append([label, number(float(row["median_us"]) / 1e3), speed, row["read_gb_per_s"], part])
+    return table(["repeated", "ms", "speed", "GB/s", "of read"], lines)
+
+
+def _label(row: Row) -> str:
+    return f"pbjax, {row['bitlayers']} bitlayers, {activations(row['activation_bits'])}"
 
 
 def _fastest(rows: list[Row]) -> str:
@@ -234,6 +259,7 @@ TABLES: tuple[Callable[..., str], ...] = (
     cpu_machine,
     cpu_others,
     cpu_fastest,
+    cpu_repeated,
     xla_speedups,
     xla_machine,
     layer_speedups,
