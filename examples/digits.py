@@ -185,4 +185,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
+    # Every image is waited for, so no other thread has to take the calls: that makes both models some 30 us faster.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # before the first array
     main()
