@@ -162,9 +162,11 @@ def huge_weights(backend):
 def zero_weights(backend):
     weight = np.where(np.arange(N) == 2, 0, WEIGHT)
     for activation_bits, group_size in itertools.product(ACTIVATIONS, (None, 32)):
-        y = product(backend, X, quantize(weight, group_size=group_size), activation_bits=activation_bits)
-        assert not y[:, 2].any()
-        assert y[:, [0, 1, 3]].all()
+        w = quantize(weight, group_size=group_size)
+        for x in (X, np.abs(X), -np.abs(X)):
+            y = product(backend, x, w, activation_bits=activation_bits)
+            assert not y[:, 2].view(np.uint32).any()  # nor is any of them a negative zero
+            assert y[:, [0, 1, 3]].all()
 
 
 @fault("a NaN or an infinity in a weight under a trace")

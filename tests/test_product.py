@@ -140,7 +140,9 @@ def check_fixed_point(backend, case, seed=0):
             exact = oracle.product_bits(given.q, given.codes, scale, case.bits, given.counts, case.activation_bits)
             np.testing.assert_array_equal(y, exact)
             num_exact += exact.size
-        np.testing.assert_array_equal(y, given.run("reference", problem, scale))
+        expected = given.run("reference", problem, scale)
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_array_equal(np.signbit(y), np.signbit(expected))  # of zeros, too
     return num_exact
 
 

@@ -117,7 +117,8 @@ Panel MakePanel(const Problem& problem, const Operands& operands, const Kernels&
                         : kernels.quantize(x, problem.k, padded_k, problem.activation_bits, bytes, panel.limb_stride,
                                            panel.unit + row);
     }
-    panel.poison[row] = finite ? -0.0f : std::numeric_limits<float>::quiet_NaN();
+    const float zero = problem.row_type == RowType::kCodes ? -0.0f : 0.0f;
+    panel.poison[row] = finite ? zero : std::numeric_limits<float>::quiet_NaN();
     for (int64_t s = 0; s < num_segments; ++s) {
       for (int limb = 0; limb < limbs; ++limb) {
         panel.limb_sums[(row * num_segments + s) * limbs + limb] =

@@ -34,7 +34,7 @@ struct Panel {
   uint8_t* tables;          // [rows - first_lookup][words][limbs][kTableBytes]
   float* float_tables;      // [rows - first_lookup][words][kTableFloats]
   float* unit;              // [rows]
-  float* poison;            // [rows]: NaN where a row is not finite, else -0, which changes no sum
+  float* poison;            // [rows]: NaN where a row is not finite, else 0; -0, which changes nothing, for codes
 };
 
 // The activations of these rows of operands.x, in memory of `scratch`, with tables of those from `first_lookup` on. Rows

@@ -160,7 +160,7 @@ void ScaleAdd(const float* __restrict group_sum, const float* __restrict scale, 
 }
 
 void FinishRow(const float* __restrict total, float unit, float poison, int64_t channels, float* __restrict y) {
-  for (int64_t c = 0; c < channels; ++c) y[c] = total[c] * unit + poison;
+  for (int64_t c = 0; c < channels; ++c) y[c] = __builtin_fmaf(total[c], unit, poison);
 }
 
 // A table that has these, and no others yet.

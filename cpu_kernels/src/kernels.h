@@ -111,7 +111,7 @@ struct Kernels {
   void (*scale_only)(const float* group_sum, const float* scale, float factor, int64_t channels, float* total);
   void (*scale_add)(const float* group_sum, const float* scale, float factor, int64_t channels, float* total);
 
-  // y = total * unit + poison
+  // y = total * unit + poison, rounded once, as XLA does: a product of 0 is +0, one that underflows keeps its sign.
   void (*finish_row)(const float* total, float unit, float poison, int64_t channels, float* y);
 };
 
