@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.export
 
 from cpu_kernels import bit_matmul as cpu
 from pallas_kernels.bit_matmul import mosaic, reference, triton, xla
-from pallas_kernels.bit_matmul.contract import Problem, Unsupported
+from pallas_kernels.bit_matmul.contract import MAX_BITS, Problem, Unsupported
+from pbjax import _checks
 
 ENVIRONMENT_VARIABLE = "PBJAX_BACKEND"
 
@@ -169,8 +171,8 @@ def select_backend(problem: Problem, backend: str | None = None, *, platform: st
       Name, reason, and what was rejected and why.
 
     Raises:
-      TypeError: `problem` is no `Problem`.
-      ValueError: a name that is no backend.
+      TypeError: `problem` is no `Problem`, or one of its sizes and widths is no integer.
+      ValueError: one of them is out of range, or a name that is no backend or no platform.
       Unsupported: the backend chosen explicitly cannot run the problem.
 
     Example:
@@ -180,7 +182,8 @@ def select_backend(problem: Problem, backend: str | None = None, *, platform: st
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"`problem` must be a `pbjax.Problem`, but got {problem!r}.")
-    platform = platform or default_platform()
+    _check_problem(problem)
+    platform = default_platform() if platform is None else _known_platform(platform)
     named = _named(backend)
     if named is None:
         return _select_automatic(problem, platform, BACKENDS.values())
@@ -188,6 +191,24 @@ def select_backend(problem: Problem, backend: str | None = None, *, platform: st
     if reason := BACKENDS[name].refusal(problem, platform):
         raise Unsupported(_refused(name, source, problem, reason))
     return Selection(name, f"chosen by {source}")
+
+
+def _check_problem(problem: Problem) -> None:
+    """Raises unless it is one that a product could have; sizes may be the symbolic ones of `jax.export`."""
+    where = f"of {problem}"
+    for name in ("m", "k", "n"):
+        if not jax.export.is_symbolic_dim(getattr(problem, name)):
+            _checks.integer(name, getattr(problem, name), 0, None, where)
+    _checks.integer("bits", problem.bits, 1, MAX_BITS, where)
+    _checks.group_size(problem.group_size, where)
+    _checks.activation_bits(problem.activation_bits, where)
+
+
+def _known_platform(platform: str) -> str:
+    known = ("cpu", "cuda", "rocm", "tpu")
+    if platform not in known and platform != default_platform():
+        raise ValueError(f"`platform` must be one of {', '.join(known)}, or this machine's own, but got {platform!r}.")
+    return platform
 
 
 def _refused(name: str, source: str, problem: Problem, reason: str) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bit_matmul import contract
-from pbjax import _format
+from pbjax import _checks, _format
 
 
 @jax.tree_util.register_dataclass
@@ -219,6 +219,7 @@ def check_bitlayers(bitlayers: Any, bits: int, where: str) -> None:
     is_number = isinstance(bitlayers, (int, np.integer)) and not isinstance(bitlayers, bool)
     if not (is_number or jnp.issubdtype(getattr(bitlayers, "dtype", object), jnp.integer)):
         raise TypeError(f"`bitlayers` must be an integer or an integer array, but got {bitlayers!r} ({where}).")
+    _checks.native("bitlayers", bitlayers, where)
     if isinstance(bitlayers, (int, np.integer, np.ndarray)):
         values = np.asarray(bitlayers)
         if values.size and (values.min() < 1 or values.max() > bits):

@@ -76,6 +76,27 @@ def activation_bits(value: Any, where: str) -> int | None:
         raise type(error)(f"{error} Use None for float activations.") from None
 
 
+def group_size(value: Any, where: str) -> int | None:
+    """Consecutive k that share a scale, a multiple of 32, or None for all of k."""
+    if value is None:
+        return None
+    value = integer("group_size", value, 1, None, where)
+    if value % contract.WORD_BITS:
+        raise ValueError(
+            f"`group_size` must be a multiple of {contract.WORD_BITS}, but got {value} ({where}). "
+            "Use None for one scale per output channel."
+        )
+    return value
+
+
+def native(name: str, value: Any, where: str) -> None:
+    """Raises TypeError for a NumPy array in another machine's byte order: JAX may take its bytes for this one's."""
+    if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.isnative:
+        raise TypeError(
+            f"`{name}` must be in the byte order of this machine, but got {value.dtype} ({where}). Cast it first."
+        )
+
+
 def function(name: str, value: Any, where: str) -> None:
     """Raises TypeError unless a value can be called."""
     if not callable(value):

@@ -145,10 +145,12 @@ def _check_shard(w: BitTensor, axes: tuple[str, ...]) -> None:
 
 
 def _as_array(x: ArrayLike) -> jax.Array:
+    _checks.native("x", x, "argument of matmul")
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"`x` must be an array, but got {type(x).__name__}: {error}") from error
+        kind = f"{type(x).__name__} of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"`x` must be an array that JAX can hold, but got {kind}: {error}") from error
 
 
 def _result_dtype(preferred: DTypeLike | None, x: np.dtype, w: np.dtype) -> np.dtype:

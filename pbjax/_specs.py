@@ -16,6 +16,8 @@ import numpy as np
 from pallas_kernels.bit_matmul import contract
 from pbjax import _checks, _format, _paths, _sharding, _uses
 
+_DTYPES = tuple(map(np.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))  # of the floats that JAX holds
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
@@ -75,16 +77,9 @@ class Rule:
 def check_widths(bits: Any, group_size: Any, activation_bits: Any, clip_bits: Any, where: str) -> Widths:
     """Raises TypeError or ValueError unless the numbers of a `Spec` are in range."""
     bits = _checks.integer("bits", bits, 1, contract.MAX_BITS, where)
-    if group_size is not None:
-        group_size = _checks.integer("group_size", group_size, 1, None, where)
-        if group_size % contract.WORD_BITS:
-            raise ValueError(
-                f"`group_size` must be a multiple of {contract.WORD_BITS}, but got {group_size} ({where}). "
-                "Use None for one scale per output channel."
-            )
     return Widths(
         bits=bits,
-        group_size=group_size,
+        group_size=_checks.group_size(group_size, where),
         activation_bits=_checks.activation_bits(activation_bits, where),
         clip_bits=None if clip_bits is None else _checks.integer("clip_bits", clip_bits, 1, bits, where),
     )
@@ -130,6 +125,11 @@ def plan(name: str, leaf: Any, uses: list[_uses.Use], rule: Rule) -> Plan:
     if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize >= 2):
         raise TypeError(
             f"a weight to quantize must be a float array of 16 bits or more, but {name} is {_describe(leaf)}."
+        )
+    if leaf.dtype not in _DTYPES:  # another byte order, or a long double
+        raise TypeError(
+            f"a weight to quantize must be float16, bfloat16, float32 or float64 of this machine, but {name} is "
+            f"{_describe(leaf)}. Cast it first."
         )
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(f"a weight to quantize must have values, but {name} has a shape only. Use `jax.eval_shape`.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,22 @@ MATMUL = {
     "x that is no array": (
         lambda: pbjax.matmul(None, W),
         TypeError,
-        r"`x` must be an array, but got NoneType",
+        r"`x` must be an array that JAX can hold, but got NoneType: ",
+    ),
+    "x of another machine": (
+        lambda: pbjax.matmul(np.ones((2, 40), ">f4"), W),
+        TypeError,
+        r"`x` must be in the byte order of this machine, but got >f4 \(argument of matmul\)\. Cast it first\.",
+    ),
+    "long double x": (
+        lambda: pbjax.matmul(np.ones((2, 40), np.longdouble), W),
+        TypeError,
+        r"`x` must be an array that JAX can hold, but got ndarray of (float128|longdouble|float96): ",
+    ),
+    "bitlayers of another machine": (
+        lambda: pbjax.matmul(X, W, bitlayers=np.array([1, 2, 3, 4, 1], ">i4")),
+        TypeError,
+        r"`bitlayers` must be in the byte order of this machine, but got >i4 \(argument of matmul\)",
     ),
     "8-bit floats": (
         lambda: pbjax.matmul(X.astype(jnp.float8_e4m3fn), W),
@@ -192,6 +209,41 @@ BACKENDS = {
         lambda: pbjax.select_backend(PROBLEM, ""),
         ValueError,
         r"`backend` must be one of .* but got '' from the argument `backend`",
+    ),
+    "negative rows": (
+        lambda: pbjax.select_backend(dataclasses.replace(PROBLEM, m=-1)),
+        ValueError,
+        r"`m` must be at least 0, but got -1 \(of Problem\(m=-1, k=40, ",
+    ),
+    "inputs that are no number": (
+        lambda: pbjax.select_backend(dataclasses.replace(PROBLEM, k="a")),
+        TypeError,
+        r"`k` must be an int, but got 'a' \(of Problem\(",
+    ),
+    "negative channels": (
+        lambda: pbjax.select_backend(dataclasses.replace(PROBLEM, n=-3)),
+        ValueError,
+        r"`n` must be at least 0, but got -3",
+    ),
+    "bits of a problem": (
+        lambda: pbjax.select_backend(dataclasses.replace(PROBLEM, bits=17)),
+        ValueError,
+        r"`bits` must lie in 1\.\.16, but got 17 \(of Problem\(",
+    ),
+    "group_size of a problem": (
+        lambda: pbjax.select_backend(dataclasses.replace(PROBLEM, group_size=33)),
+        ValueError,
+        r"`group_size` must be a multiple of 32, but got 33 \(of Problem\(",
+    ),
+    "activation_bits of a problem": (
+        lambda: pbjax.select_backend(dataclasses.replace(PROBLEM, activation_bits=1)),
+        ValueError,
+        r"`activation_bits` must lie in 2\.\.24, but got 1 \(of Problem\(",
+    ),
+    "platform": (
+        lambda: pbjax.select_backend(PROBLEM, platform="gpu"),
+        ValueError,
+        r"`platform` must be one of cpu, cuda, rocm, tpu, or this machine's own, but got 'gpu'\.",
     ),
     "context": (
         lambda: pbjax.use_backend("numpy").__enter__(),

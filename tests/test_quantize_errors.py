@@ -57,6 +57,16 @@ PARAMS = {
         (ValueError, r"must hold a weight to quantize, but none of its 0 leaves", lambda: pbjax.quantize({}, 8)),
         (
             TypeError,
+            r"must be float16, bfloat16, float32 or float64 of this machine, but a/kernel is >f4\[40, 6\]\. Cast it",
+            lambda: pbjax.quantize({"a": {"kernel": np.ones((40, 6), ">f4")}}, 8),
+        ),
+        (
+            TypeError,
+            r"must be float16, bfloat16, .*, but a/kernel is (float128|longdouble|float96)\[40, 6\]",
+            lambda: pbjax.quantize({"a": {"kernel": np.ones((40, 6), np.longdouble)}}, 8),
+        ),
+        (
+            TypeError,
             r"must be a float array of 16 bits or more, but ints is int32\[4, 4\]",
             lambda: pbjax.quantize({"ints": jnp.eye(4, dtype=jnp.int32)}, 8, rules={"ints": 8}),
         ),
