@@ -46,7 +46,7 @@ class FloatMode {
 // Calls run(0), .., run(tasks - 1), each once, in any order, on this thread and on as many others as come in time.
 template <typename Run>
 void ParallelFor(Scheduler& scheduler, int64_t tasks, const Run& run) {
-  const int64_t helpers = std::min(scheduler.num_threads(), tasks) - 1;
+  const int64_t most = scheduler.num_threads() - 1, helpers = std::min(most, tasks - 1);
   if (helpers <= 0) {
     for (int64_t i = 0; i < tasks; ++i) run(i);
     return;
@@ -88,10 +88,10 @@ void ParallelFor(Scheduler& scheduler, int64_t tasks, const Run& run) {
   };
   const auto loop = std::make_shared<Tasks>(run, tasks);
   const std::thread::id caller = std::this_thread::get_id();
-  for (int64_t i = SpinningHelpers::Get().Start(loop, helpers); i < helpers; ++i) {
-    scheduler.Schedule([loop, caller] {
+  for (int64_t called = SpinningHelpers::Get().Start(loop, helpers, most); called > 0; --called) {
+    scheduler.Schedule([loop, caller, most] {
       loop->Work();
-      if (std::this_thread::get_id() != caller) SpinningHelpers::Get().Spin();
+      if (std::this_thread::get_id() != caller) SpinningHelpers::Get().Spin(most);
     });
   }
   loop->Work();
