@@ -91,7 +91,7 @@ def group_size(value: Any, where: str) -> int | None:
 
 def native(name: str, value: Any, where: str) -> None:
     """Raises TypeError for a NumPy array in another machine's byte order: JAX may take its bytes for this one's."""
-    if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.isnative:
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
         raise TypeError(
             f"`{name}` must be in the byte order of this machine, but got {value.dtype} ({where}). Cast it first."
         )

@@ -49,9 +49,8 @@ def benchmark_matmul(monkeypatch):
 def benchmark_cpu(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
     module = importlib.import_module("cpu")
-    for name, value in dict(
-        READ_BYTES=2**22, FLUSH_BYTES=2**20, ONNX_SPIN_S=0.001, ALONE_S=0.001
-    ).items():  # no time is believed
+    shorter = {"READ_BYTES": 2**22, "FLUSH_BYTES": 2**20, "ONNX_SPIN_S": 0.001, "ALONE_S": 0.001}
+    for name, value in shorter.items():  # the tests believe no time
         monkeypatch.setattr(module, name, value)
     return module
 

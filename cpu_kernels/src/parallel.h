@@ -88,7 +88,7 @@ void ParallelFor(Scheduler& scheduler, int64_t tasks, const Run& run) {
   };
   const auto loop = std::make_shared<Tasks>(run, tasks);
   const std::thread::id caller = std::this_thread::get_id();
-  for (int64_t called = SpinningHelpers::Get().Start(loop, helpers, most); called > 0; --called) {
+  for (int64_t i = SpinningHelpers::Get().Start(loop, helpers); i < helpers; ++i) {
     scheduler.Schedule([loop, caller, most] {
       loop->Work();
       if (std::this_thread::get_id() != caller) SpinningHelpers::Get().Spin(most);

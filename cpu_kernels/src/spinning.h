@@ -49,32 +49,39 @@ class SpinningHelpers {
     return *Current();
   }
 
-  // Sets `wanted` of them to work on a loop: those that wait at once, and others when they are done with theirs. Returns
-  // how many more threads to call, of which there may be `most` in all.
-  int64_t Start(const std::shared_ptr<Loop>& loop, int64_t wanted, int64_t most) {
+  // Sets up to `most` of them to work on a loop. Returns how many.
+  int64_t Start(const std::shared_ptr<Loop>& loop, int64_t most) {
     // Whoever finds the lock taken does without: a caller never sleeps here.
-    if (awake_.load(std::memory_order_relaxed) == 0 || !TryLock()) return wanted;
+    if (first_.load(std::memory_order_relaxed) == nullptr || !mutex_.try_lock()) return 0;
     std::lock_guard<std::mutex> lock(mutex_, std::adopt_lock);
-    for (; wanted > 0 && first_ != nullptr; --wanted) {
+    int64_t started = 0;
+    for (; started < most && first_ != nullptr; ++started) {
       Helper* helper = first_;
       first_ = helper->next;
       helper->loop = loop;
       helper->is_started.store(true, std::memory_order_release);  // the helper may be gone from here on
     }
-    const int64_t called = std::clamp<int64_t>(most - awake_.load(std::memory_order_relaxed), 0, wanted);
-    if (wanted > called) {
-      next_loop_ = loop;
-      next_wanted_ = wanted - called;
-    }
-    return called;
+    return started;
   }
 
-  // Works on loops as they come, until none has come for the block time, if fewer than `most` threads do so: more would
-  // take their cores from each other. Other threads that want this core get it.
+  // Works on loops as they come, until none has come for the block time, unless `most` threads do so: more would take their
+  // cores from each other. Other threads that want this core get it.
   void Spin(int64_t most) {
-    Helper self;
-    if (!Enter(&self, most)) return;
-    do {
+    if (awake_.fetch_add(1, std::memory_order_relaxed) < most) WorkOnLoops();
+    awake_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void WorkOnLoops() {
+    while (Clock::now().time_since_epoch() >= Clock::duration(rest_until_.load(std::memory_order_relaxed))) {
+      Helper self;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        self.next = first_;
+        first_ = &self;
+      }
       const Clock::time_point end = Clock::now() + kBlockTime;
       while (!self.is_started.load(std::memory_order_acquire)) {
         for (int i = 0; i < kPauses && !self.is_started.load(std::memory_order_relaxed); ++i) Pause();
@@ -83,11 +90,8 @@ class SpinningHelpers {
       }
       rest_.store(0, std::memory_order_relaxed);
       self.loop->Work();
-    } while (Stay(&self));
+    }
   }
-
- private:
-  using Clock = std::chrono::steady_clock;
 
   static SpinningHelpers*& Current() {
     static SpinningHelpers* helpers = new SpinningHelpers;  // never destroyed: threads outlive static objects
@@ -108,56 +112,10 @@ class SpinningHelpers {
     Helper* next = nullptr;
   };
 
-  bool TryLock() {
-    for (int i = 0; i < kPauses; ++i, Pause()) {  // most often it is a helper that has just done its part
-      if (mutex_.try_lock()) return true;
-    }
-    return false;
-  }
-
-  bool IsResting() const {
-    return Clock::now().time_since_epoch() < Clock::duration(rest_until_.load(std::memory_order_relaxed));
-  }
-
-  // False if it is not to spin.
-  bool Enter(Helper* self, int64_t most) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (awake_ >= most || IsResting()) return false;
-    ++awake_;
-    Queue(self);
-    return true;
-  }
-
-  // After a loop. False if it is not to wait for another.
-  bool Stay(Helper* self) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    self->is_started.store(false, std::memory_order_relaxed);
-    self->loop = nullptr;
-    if (next_loop_ == nullptr && IsResting()) {
-      --awake_;
-      return false;
-    }
-    Queue(self);
-    return true;
-  }
-
-  // Gives it the next loop, or puts it in the queue of those that wait for one.
-  void Queue(Helper* self) {
-    if (next_loop_ == nullptr) {
-      self->next = first_;
-      first_ = self;
-      return;
-    }
-    self->loop = next_loop_;
-    self->is_started.store(true, std::memory_order_relaxed);
-    if (--next_wanted_ == 0) next_loop_ = nullptr;
-  }
-
   // False if a loop has come after all.
   bool Leave(Helper* self) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (self->is_started.load(std::memory_order_relaxed)) return false;
-    --awake_;
     if (first_ == self) {
       first_ = self->next;
     } else {
@@ -175,11 +133,8 @@ class SpinningHelpers {
   }
 
   std::mutex mutex_;
-  std::atomic<int64_t> awake_{0};  // those that wait for a loop or work on one; written under the lock, as these are:
-  Helper* first_ = nullptr;        // of those that wait
-  std::shared_ptr<Loop> next_loop_;  // for those that work on another; it may have ended without them
-  int64_t next_wanted_ = 0;          // how many of them
-
+  std::atomic<Helper*> first_{nullptr};
+  std::atomic<int64_t> awake_{0};
   std::atomic<Clock::rep> rest_{0}, rest_until_{0};
 };
 

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -62,14 +63,14 @@ bool SpinningHelpersHelp() {
   std::atomic<int64_t> returns{0};
   std::thread helper([&] {
     while (!stop) {
-      SpinningHelpers::Get().Spin(8);
+      SpinningHelpers::Get().Spin(1);
       ++returns;
     }
   });
   int64_t right = 0;
   for (int i = 0; i < 1000; ++i) {
     const auto loop = std::make_shared<Once>();
-    while (SpinningHelpers::Get().Start(loop, 2, 8) == 2) std::this_thread::yield();
+    while (SpinningHelpers::Get().Start(loop, 2) == 0) std::this_thread::yield();
     while (loop->worked_by.load() == std::thread::id()) std::this_thread::yield();
     right += loop->worked_by.load() == helper.get_id();
   }
@@ -81,38 +82,31 @@ bool SpinningHelpersHelp() {
   return right == 1000;
 }
 
-// Where as many are awake as may be, a loop waits for one that works on another, nobody is called, and no other spins.
-bool BusyHelpersComeLater() {
-  struct Gate : Loop {
-    void Work() override {
-      began = true;
-      while (!open) std::this_thread::yield();
-      ended = true;
-    }
-    std::atomic<bool> began{false}, open{false}, ended{false};
+// Of two threads that would spin, as many are started at once as may spin.
+bool NoMoreSpin() {
+  struct Nothing : Loop {
+    void Work() override {}
   };
-  int64_t right = 0;
-  for (int i = 0; i < 200; ++i) {
-    const auto first = std::make_shared<Gate>(), second = std::make_shared<Gate>();
+  bool right = true;
+  for (const int64_t most : {1, 2}) {
     std::atomic<bool> stop{false};
-    std::thread helper([&] {
-      while (!stop) SpinningHelpers::Get().Spin(1);
-    });
-    while (SpinningHelpers::Get().Start(first, 1, 1) != 0) std::this_thread::yield();
-    while (!first->began) std::this_thread::yield();
-    SpinningHelpers::Get().Spin(1);  // returns
-    const bool none_called = SpinningHelpers::Get().Start(second, 1, 1) == 0;
-    const bool one_called = SpinningHelpers::Get().Start(std::make_shared<Gate>(), 2, 2) == 1;
-    const bool early = second->began;
-    SpinningHelpers::Get().Start(second, 1, 1);
-    first->open = second->open = true;
-    while (!second->ended) std::this_thread::yield();
-    right += none_called && one_called && !early;
+    std::vector<std::thread> helpers;
+    for (int i = 0; i < 2; ++i) {
+      helpers.emplace_back([&] {
+        while (!stop) SpinningHelpers::Get().Spin(most);
+      });
+    }
+    int64_t started = 0;
+    for (int i = 0; i < 2000; ++i) {
+      started = std::max(started, SpinningHelpers::Get().Start(std::make_shared<Nothing>(), 2));
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
     stop = true;
-    helper.join();
+    for (auto& helper : helpers) helper.join();
+    std::printf("where %ld may spin, %ld of 2 threads were started\n", (long)most, (long)started);
+    right &= started == most;
   }
-  std::printf("%ld of 200 loops were worked on by a helper that had another\n", (long)right);
-  return right == 200;
+  return right;
 }
 
 // The child of a fork has none of the helpers that spin in its parent.
@@ -121,17 +115,19 @@ bool ForkHasNone() {
   struct Nothing : Loop {
     void Work() override {}
   };
-  int in_parent = 0, in_child = 0;
+  int in_child = 0;
   for (int i = 0; i < 50; ++i) {
-    ParallelFor(pool, 2, [](int64_t) { Work(50); });
+    do {
+      ParallelFor(pool, 2, [](int64_t) { Work(50); });
+    } while (SpinningHelpers::Get().Start(std::make_shared<Nothing>(), 1) == 0);
+    Work(20);  // after which the helper that was just started spins again
     const pid_t child = fork();
-    if (child == 0) _exit(1 - static_cast<int>(SpinningHelpers::Get().Start(std::make_shared<Nothing>(), 1, 1)));
-    in_parent += 1 - static_cast<int>(SpinningHelpers::Get().Start(std::make_shared<Nothing>(), 1, 1));
+    if (child == 0) _exit(static_cast<int>(SpinningHelpers::Get().Start(std::make_shared<Nothing>(), 1)));
     int status = 0;
     waitpid(child, &status, 0);
     in_child += status != 0;
   }
-  std::printf("helpers were there in %d of 50 parents, and in %d children\n", in_parent, in_child);
+  std::printf("helpers were there in %d of 50 children\n", in_child);
   return in_child == 0;
 }
 
@@ -150,5 +146,5 @@ int main(int argc, char** argv) {
     for (auto& caller : callers) caller.join();
   }
   std::printf("%ld of %ld loops wrong\n", (long)wrong, (long)(4 * loops));
-  return wrong != 0 || !pbjax::SpinningHelpersHelp() || !pbjax::BusyHelpersComeLater() || !pbjax::ForkHasNone();
+  return wrong != 0 || !pbjax::SpinningHelpersHelp() || !pbjax::ForkHasNone() || !pbjax::NoMoreSpin();
 }
